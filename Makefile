@@ -1,0 +1,79 @@
+# One command each; .ci/run calls these and nothing else. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ROOMS := broker auth bridges sinks
+CODE := $(ROOMS) tests compose setup.py
+NAME ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test servers check format bench demo compile pure integration interpreted conformance matrix soak dist clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+$(STAMP): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[all,test]'
+	touch $@
+
+setup: $(STAMP)  ## .venv with the compiled package; afterwards .venv/bin/isthmus exists
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -m tests.build report
+
+compile: $(STAMP)  ## compile the message path beside its sources; fails where it cannot
+	ISTHMUS_COMPILE=always $(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -m tests.build report --all
+
+pure:  ## remove the compiled files: everything runs interpreted
+	find $(ROOMS) \( -name '*.so' -o -name '*.pyd' \) -delete
+	rm -rf build/cython build/lib.* build/temp.*
+
+run: setup  ## start with the shipped conf.d on loopback, with a user to try it
+	$(BIN)/python -m tests.first_run $(ARGS)
+
+servers: $(STAMP)  ## install what the tests start: slapd, mosquitto, Apache Kafka; says what it does
+	$(BIN)/python -m tests.servers install
+
+test: setup servers  ## every test, on the compiled build
+	$(BIN)/python -m pytest $(ARGS)
+
+integration: setup servers  ## tests of one backend against its real server: make integration NAME=kafka
+	$(BIN)/python -m pytest tests/integration $(if $(NAME),-k $(NAME)) $(ARGS)
+
+interpreted: $(STAMP)  ## unit, packet and conformance tests interpreted, on plain asyncio, in a clean copy
+	$(BIN)/python -m tests.build interpreted $(ARGS)
+
+check: $(STAMP)  ## format, lint, strict types
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+
+format: $(STAMP)  ## settle the layout of the code
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+demo: setup servers  ## the main job, hop by hop: LDAP login, publish, Kafka, SQLite, mosquitto and back
+	$(BIN)/python -m compose.demo
+
+bench: compile servers  ## every row of the targets beside mosquitto: ARGS="--quick --rows 1-1"
+	$(BIN)/python -m tests.benchmarks.bench $(ARGS)
+
+conformance: setup  ## Eclipse Paho interoperability suite from the checkout at $PAHO_TESTING
+	$(BIN)/python -m tests.conformance.paho_runner $(ARGS)
+
+matrix: servers  ## the tests on every supported Python found on this machine
+	$(BIN)/python -m tests.build matrix $(ARGS)
+
+soak: setup servers  ## the long forms: everything marked slow, three times
+	for n in 1 2 3; do ISTHMUS_SOAK=1 $(BIN)/python -m pytest -m slow --timeout 900 $(ARGS) || exit 1; done
+
+dist: $(STAMP)  ## wheel into dist/
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean: pure  ## remove everything that was made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/benchmarks/mqttload
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

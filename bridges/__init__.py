@@ -1,0 +1,1 @@
+"""Backends that join other brokers; one file each."""

@@ -1,0 +1,3 @@
+"""The Isthmus MQTT broker: wire, engine and edges."""
+
+__version__ = "0.1.0"

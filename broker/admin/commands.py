@@ -1,0 +1,215 @@
+"""What the control socket answers: status, clients, reload, queues. Knows the broker, prints nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from broker import __version__
+from broker.admin.control import CommandFailed
+from broker.config.problems import ConfigError
+from broker.engine.engine import RESERVED
+from broker.engine.session import Session
+
+if TYPE_CHECKING:
+    from broker.app import Broker
+
+
+class Commands:
+    """One method per command; each answers plain JSON values."""
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+
+    def table(self) -> dict[str, Callable[..., Awaitable[Any]]]:
+        """Commands by name."""
+        return {
+            "status": self.status,
+            "reload": self.reload,
+            "config.diff": self.config_diff,
+            "clients.list": self.clients_list,
+            "clients.show": self.clients_show,
+            "clients.kick": self.clients_kick,
+            "sinks.list": self.sinks_list,
+            "sinks.show": self.sinks_show,
+            "sinks.pause": self.sinks_pause,
+            "sinks.resume": self.sinks_resume,
+            "bridges.list": self.bridges_list,
+            "bridges.show": self.bridges_show,
+            "bridges.pause": self.bridges_pause,
+            "bridges.resume": self.bridges_resume,
+            "queues.list": self.queues_list,
+            "queues.drop": self.queues_drop,
+        }
+
+    async def status(self) -> dict[str, Any]:
+        """Everything an operator looks at first."""
+        broker = self._broker
+        core = broker.engine.core
+        workers = broker.supervisor.status()
+        return {
+            "name": broker.settings.broker.name,
+            "version": __version__,
+            "uptime_s": round(time.monotonic() - broker.started, 1),
+            "clients": sum(1 for c in broker.engine.channels if c.session is not None and not c.listener.privileged),
+            "sessions": sum(1 for s in broker.engine.sessions if not s.startswith(RESERVED)),
+            "subscriptions": broker.engine.router.count,
+            "retained": broker.engine.retained_store.count,
+            "messages": {"in": core.received, "out": core.sent, "dropped": dict(core.dropped)},
+            "events": dict(core.events),
+            "listeners": broker.listeners.status(),
+            "auth": broker.gate.status(),
+            "sinks": {n: self._instance(n, s) for n, s in workers["sinks"].items()},
+            "bridges": {n: self._instance(n, s) for n, s in workers["bridges"].items()},
+            "orphans": [q for q in self._queues() if q["orphan"]],
+            "workers": broker.supervisor.pids(),
+        }
+
+    def _instance(self, name: str, worker: dict[str, Any]) -> dict[str, Any]:
+        lanes = [s for s in self._broker.engine.instance_sessions(name) if not s.client_id.endswith("/in")]
+        oldest = [t for t in (s.oldest_ms() for s in lanes) if t]
+        return {
+            **worker,
+            "queued": sum(s.queued for s in lanes),
+            "queued_bytes": sum(s.queue_bytes for s in lanes),
+            "oldest_s": round(max(0.0, time.time() - min(oldest) / 1000), 1) if oldest else 0.0,
+            "acked": sum(s.acked for s in lanes),
+            "dropped": _merged([s.dropped for s in lanes]),
+            "attached": all(s.channel is not None for s in lanes),
+        }
+
+    async def reload(self) -> dict[str, list[str]]:
+        """Read conf.d again."""
+        from broker.app import ReloadRefused
+
+        try:
+            change = await self._broker.reload()
+        except ConfigError as error:
+            raise CommandFailed("\n".join(error.problems), exit=2) from None
+        except ReloadRefused as error:
+            raise CommandFailed(str(error), exit=2) from None
+        orphans = [q["name"] for q in self._queues() if q["orphan"]]
+        return {
+            "added": change.added,
+            "removed": change.removed,
+            "changed": change.changed,
+            "unchanged": change.unchanged,
+            "orphans": orphans,
+        }
+
+    async def config_diff(self) -> dict[str, str]:
+        """What runs, by whole name; compared with a folder by the command line."""
+        return dict(self._broker.settings.fingerprints)
+
+    async def clients_list(self) -> list[dict[str, Any]]:
+        """Every session that is not a worker's."""
+        return [_client(s) for c, s in sorted(self._broker.engine.sessions.items()) if not c.startswith(RESERVED)]
+
+    async def clients_show(self, id: str) -> dict[str, Any]:
+        """One session with its subscriptions."""
+        session = self._broker.engine.sessions.get(id)
+        if session is None:
+            raise CommandFailed(f"no client is called {id!r}")
+        shown = _client(session)
+        shown["subscriptions"] = [
+            {"filter": s.filter.decode(), "qos": s.qos, "shared": s.group.name.decode() if s.group is not None else None}
+            for s in session.subscriptions or ()
+        ]
+        return shown
+
+    async def clients_kick(self, id: str) -> dict[str, Any]:
+        """Disconnect one client."""
+        if not self._broker.engine.kick(id):
+            raise CommandFailed(f"no connected client is called {id!r}")
+        return {"kicked": id}
+
+    async def sinks_list(self) -> list[dict[str, Any]]:
+        """Every sink."""
+        return [{"name": n, **s} for n, s in (await self.status())["sinks"].items()]
+
+    async def sinks_show(self, name: str) -> dict[str, Any]:
+        """One sink."""
+        return self._one("sinks", name)
+
+    async def sinks_pause(self, name: str) -> dict[str, Any]:
+        """Stop handing messages to a sink; they queue."""
+        self._one("sinks", name)
+        await self._broker.supervisor.pause(f"sinks.{name}")
+        return {"paused": name}
+
+    async def sinks_resume(self, name: str) -> dict[str, Any]:
+        """Go on."""
+        self._one("sinks", name)
+        await self._broker.supervisor.resume(f"sinks.{name}")
+        return {"resumed": name}
+
+    async def bridges_list(self) -> list[dict[str, Any]]:
+        """Every bridge."""
+        return [{"name": n, **s} for n, s in (await self.status())["bridges"].items()]
+
+    async def bridges_show(self, name: str) -> dict[str, Any]:
+        """One bridge."""
+        return self._one("bridges", name)
+
+    async def bridges_pause(self, name: str) -> dict[str, Any]:
+        """Cut a bridge; what it should carry queues."""
+        self._one("bridges", name)
+        await self._broker.supervisor.pause(f"bridges.{name}")
+        return {"paused": name}
+
+    async def bridges_resume(self, name: str) -> dict[str, Any]:
+        """Go on."""
+        self._one("bridges", name)
+        await self._broker.supervisor.resume(f"bridges.{name}")
+        return {"resumed": name}
+
+    def _one(self, room: str, name: str) -> dict[str, Any]:
+        found = self._broker.supervisor.status()[room].get(name)
+        if found is None:
+            raise CommandFailed(f"no {room[:-1]} is called {name!r}")
+        return {"name": name, **self._instance(name, found)}
+
+    def _queues(self) -> list[dict[str, Any]]:
+        configured = {*self._broker.settings.sinks, *self._broker.settings.bridges}
+        queues: dict[str, dict[str, Any]] = {}
+        for client_id, session in self._broker.engine.sessions.items():
+            if not client_id.startswith(RESERVED) or client_id.endswith("/in"):
+                continue
+            name = client_id[len(RESERVED) :].rpartition("/")[0]
+            entry = queues.setdefault(name, {"name": name, "queued": 0, "bytes": 0, "orphan": name not in configured})
+            entry["queued"] += session.queued
+            entry["bytes"] += session.queue_bytes
+        return sorted(queues.values(), key=lambda q: str(q["name"]))
+
+    async def queues_list(self) -> list[dict[str, Any]]:
+        """The durable queues of instances, orphans included."""
+        return self._queues()
+
+    async def queues_drop(self, name: str) -> dict[str, Any]:
+        """Delete what queues for an instance."""
+        if not any(q["name"] == name for q in self._queues()):
+            raise CommandFailed(f"no queue is called {name!r}")
+        return {"dropped": self._broker.engine.drop_queue(name)}
+
+
+def _client(session: Session) -> dict[str, Any]:
+    channel = session.channel
+    return {
+        "clientid": session.client_id,
+        "username": session.owner,
+        "connected": channel is not None,
+        "peer": channel.peer if channel is not None else None,
+        "listener": channel.listener.name if channel is not None else None,
+        "protocol": {3: "3.1", 4: "3.1.1", 5: "5.0"}[channel.version] if channel is not None else None,
+        "queued": session.queued,
+        "subscriptions": len(session.subscriptions or ()),
+    }
+
+
+def _merged(counts: list[dict[str, int] | None]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for one in counts:
+        for reason, count in (one or {}).items():
+            total[reason] = total.get(reason, 0) + count
+    return total

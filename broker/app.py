@@ -1,0 +1,304 @@
+"""Puts the rooms together: one broker from start to stop. The only file that knows every room."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from broker import identity
+from broker.access.gate import AccessGate
+from broker.admin.commands import Commands
+from broker.admin.control import ControlServer
+from broker.config import firstrun
+from broker.config.difference import Difference, diff
+from broker.config.problems import ConfigError
+from broker.config.settings import Instance, Settings
+from broker.config.template import Template
+from broker.engine.core import Limits
+from broker.engine.engine import Engine
+from broker.engine.message import Message
+from broker.extend import registry
+from broker.extend.record import compile_template
+from broker.extend.sink import Record
+from broker.net.listeners import ListenError, Listeners
+from broker.runtime import logs
+from broker.runtime.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+TICK = 0.25
+"""Seconds between two looks at keep-alives, deadlines and expiries."""
+DRAIN = 10.0
+"""Seconds a stop may take."""
+RESTART_ONLY = ("broker.name", "broker.data", "broker.durability")
+"""What a reload cannot change."""
+
+
+class ReloadRefused(Exception):
+    """The new configuration cannot be put in force without a restart or cannot be opened; nothing has changed."""
+
+
+class Broker:
+    """One running broker. Several may live in one process: nothing is kept outside this object."""
+
+    def __init__(self, settings: Settings, load: Callable[[], Settings], *, log_format: str, log_level: str) -> None:
+        self.settings = settings
+        self.started = time.monotonic()
+        self.stopping = asyncio.Event()
+        self._load = load
+        self._reloading = asyncio.Lock()
+        self._data = Path(settings.broker.data)
+        self._node = identity.take(self._data)
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        self.gate = AccessGate(settings)
+        self.engine = Engine(
+            self.gate,
+            loop.call_soon,
+            now=loop.time(),
+            wall_ms=int(time.time() * 1000),
+            limits=limits_of(settings),
+            node=settings.broker.name,
+            node_id=self._node.number,
+            boot=self._node.boot,
+            report=self._report,
+        )
+        self.gate.bind(self.engine)
+        self.listeners = Listeners(self.engine, settings.base)
+        self.internal = self._data / "run" / "workers.sock"
+        self.supervisor = Supervisor(self.internal, settings.broker.name, log_format, log_level)
+        self.control_path = self._data / "control.sock"
+        self._control = ControlServer(self.control_path, Commands(self).table())
+        self._ticker: asyncio.TimerHandle | None = None
+
+    def _report(self, category: str, text: str) -> None:
+        logs.limited(log, category, text)
+
+    # life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open everything: sessions of sinks and bridges exist before the first listener accepts."""
+        settings = self.settings
+        for warning in settings.warnings:
+            log.warning("%s", warning)
+        await self.gate.open()
+        for instance in (*settings.sinks.values(), *settings.bridges.values()):
+            self._ensure(instance)
+        await self.listeners.open_internal(self.internal)
+        await self.supervisor.apply(settings.sinks, settings.bridges, settings.workers.processes, settings.base)
+        await self.listeners.apply(settings.listeners)
+        await self._control.start()
+        self._tick()
+        gc.collect()
+        gc.freeze()
+        log.info(
+            "broker %s is up; queues of sinks and bridges live in memory: they survive a worker's crash, not the broker's",
+            settings.broker.name,
+        )
+
+    def _tick(self) -> None:
+        self.engine.tick(self._loop.time(), int(time.time() * 1000))
+        self._ticker = self._loop.call_later(TICK, self._tick)
+
+    async def stop(self) -> None:
+        """Stop accepting, tell clients, let workers finish what is in flight. Bounded by ten seconds."""
+        self.engine.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN - 1):
+                await self.listeners.close_accepting()
+                for number, channel in enumerate(list(self.engine.channels)):
+                    if not channel.listener.privileged:
+                        channel.disconnect(0x8B)
+                    if number % 500 == 499:
+                        await asyncio.sleep(0)
+                await self.supervisor.close()
+                await self.listeners.close_all()
+                await self.gate.close()
+        await self._control.close()
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._node.release()
+
+    # configuration --------------------------------------------------------------------------------------------
+
+    def _ensure(self, instance: Instance) -> None:
+        spec = instance.config.session()  # type: ignore[attr-defined]
+        key = None
+        if spec.lanes > 1:
+            key = order_key(spec.order_key)
+        self.engine.ensure_instance(instance.name, spec, key)
+
+    async def reload(self) -> Difference:
+        """Read the whole configuration again and change only what differs.
+
+        Raises ConfigError or ReloadRefused; then nothing has changed. Returns when new subscriptions exist and new
+        listeners accept.
+        """
+        async with self._reloading:
+            new = await asyncio.to_thread(self._load)
+            old = self.settings
+            for key in RESTART_ONLY:
+                section, name = key.split(".")
+                if getattr(getattr(old, section), name) != getattr(getattr(new, section), name):
+                    raise ReloadRefused(f"{new.origin(key)}: {key}: needs a restart to change; nothing was changed")
+            change = diff(old, new)
+            if change.empty:
+                return change
+            staged = await self.gate.prepare(new)
+            try:
+                await self.listeners.apply(new.listeners)
+            except ListenError as error:
+                await staged.abandon()
+                raise ReloadRefused(f"{error}; nothing was changed") from error
+            self.engine.configure(limits_of(new))
+            touched = set(change.added) | set(change.changed)
+            for room, instances in (("sinks", new.sinks), ("bridges", new.bridges)):
+                for name, instance in instances.items():
+                    if f"{room}.{name}" in touched:
+                        self._ensure(instance)
+            await staged.commit()
+            kept = {*new.sinks, *new.bridges}
+            for name in {*old.sinks, *old.bridges} - kept:
+                left = self.engine.remove_instance(name)
+                if left:
+                    log.warning(
+                        "the queue of %s is an orphan with %d messages; isthmus queues drop %s deletes it", name, left, name
+                    )
+            self.settings = new
+            await self.supervisor.apply(new.sinks, new.bridges, new.workers.processes, new.base)
+            self.engine.rights_changed(None)
+            for warning in new.warnings:
+                log.warning("%s", warning)
+            log.info(
+                "configuration reloaded: added %s, removed %s, changed %s",
+                ", ".join(change.added) or "nothing",
+                ", ".join(change.removed) or "nothing",
+                ", ".join(change.changed) or "nothing",
+            )
+            return change
+
+    async def reload_logged(self) -> None:
+        """SIGHUP: as `reload`, errors go to the log."""
+        try:
+            await self.reload()
+        except ConfigError as error:
+            log.error("reload refused, nothing was changed:\n%s", "\n".join(error.problems))
+        except Exception as error:
+            log.error("reload refused, nothing was changed: %s", error)
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The engine's limits from `[limits]`."""
+    return Limits(**settings.limits.model_dump())
+
+
+def order_key(text: str) -> Callable[[Message], str]:
+    """A function of a message from the `order_key` template of an instance with several lanes."""
+    render = compile_template(Template(text))
+
+    def key(message: Message) -> str:
+        origin = message.origin
+        record = Record(
+            message.topic.decode(),
+            message.payload,
+            message.qos,
+            message.retain,
+            origin.client_id if origin is not None else None,
+            origin.username if origin is not None else None,
+            origin.peerhost if origin is not None else None,
+        )
+        return str(render(record))
+
+    return key
+
+
+def tune_process() -> None:
+    """Descriptors up to the hard limit; memory returned to the system in large pieces only."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # uvloop reads into 256 000-byte buffers, above glibc's thresholds: without these lines every read costs page faults
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        for parameter, value in ((-1, 64 << 20), (-2, 1 << 20), (-3, 32 << 20)):
+            libc.mallopt(parameter, value)
+
+
+def serve(load: Callable[[], Settings], *, log_format: str = "text", log_level: str = "info") -> int:
+    """`isthmus run`: load, start, serve until a signal, drain. Returns the exit code."""
+    intruder = registry.check_layout()
+    if intruder is not None:
+        print(intruder, file=sys.stderr)
+        return 2
+    logs.configure(log_format, log_level)
+    try:
+        settings = load()
+        hints = firstrun.prepare(settings)
+    except ConfigError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    os.umask(0o077)
+    tune_process()
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(_serve(settings, load, hints, log_format, log_level))
+    return uvloop.run(_serve(settings, load, hints, log_format, log_level))
+
+
+async def _serve(settings: Settings, load: Callable[[], Settings], hints: list[str], log_format: str, log_level: str) -> int:
+    try:
+        broker = Broker(settings, load, log_format=log_format, log_level=log_level)
+    except identity.DataFolderBusy as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{settings.origin('broker.data')}: broker.data: {error}", file=sys.stderr)
+        return 1
+    loop = asyncio.get_running_loop()
+    signals = 0
+    tasks: set[asyncio.Task[None]] = set()
+
+    def on_stop() -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 1:
+            os._exit(1)
+        broker.stopping.set()
+
+    def on_reload() -> None:
+        if not tasks:
+            task = loop.create_task(broker.reload_logged())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_stop)
+    loop.add_signal_handler(signal.SIGHUP, on_reload)
+    try:
+        await broker.start()
+    except (ListenError, ConfigError) as error:
+        text = "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
+        print(text, file=sys.stderr)
+        await broker.stop()
+        return 2
+    addresses = " ".join(f"{name}={address}" for name, address in broker.listeners.addresses().items())
+    print(f"ready {addresses} control={broker.control_path}", flush=True)
+    for line in hints:
+        print(line, file=sys.stderr, flush=True)
+    await broker.stopping.wait()
+    began = loop.time()
+    await broker.stop()
+    log.info("stopped in %.1f s", loop.time() - began)
+    return 0

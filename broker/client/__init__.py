@@ -1,0 +1,1 @@
+"""Our MQTT client on our codec: workers, bridges and the load generator use it."""

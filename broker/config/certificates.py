@@ -1,0 +1,81 @@
+"""Whether a listener's certificate, key and authorities can be used, found out before its port is opened."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from broker.config.listeners import SecureListener
+
+FEW_DAYS = 14 * 86_400
+"""Seconds before its end at which a certificate is worth a warning."""
+
+
+def problems(listener: SecureListener) -> Iterator[tuple[str, str]]:
+    """Field and sentence for each file that would keep the listener from opening."""
+    readable = True
+    for field in ("certificate", "key", "client_ca"):
+        path: Path | None = getattr(listener, field)
+        if path is not None and (text := _unreadable(path)):
+            readable = False
+            yield field, text
+    if not readable:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(listener.certificate, listener.key, password="")
+    except (ssl.SSLError, ValueError) as error:
+        yield "certificate", _explain(error, listener)
+    if listener.client_ca is not None:
+        try:
+            context.load_verify_locations(listener.client_ca)
+        except ssl.SSLError:
+            yield "client_ca", f"{listener.client_ca} holds no certificate in PEM form"
+
+
+def warnings(listener: SecureListener) -> Iterator[tuple[str, str]]:
+    """A certificate that has expired or soon will."""
+    end = expiry(listener.certificate)
+    if end is None:
+        return
+    day = time.strftime("%Y-%m-%d", time.gmtime(end))
+    if end <= time.time():
+        yield "certificate", f"{listener.certificate} expired on {day}: clients will refuse it"
+    elif end - time.time() < FEW_DAYS:
+        yield "certificate", f"{listener.certificate} expires on {day}"
+
+
+def expiry(certificate: Path) -> float | None:
+    """Seconds since 1970 at which the first certificate of a PEM file ends; None when that cannot be found out."""
+    decode = getattr(getattr(ssl, "_ssl", None), "_test_decode_cert", None)  # the only reader of PEM files ssl has
+    if decode is None:
+        return None
+    try:
+        return float(ssl.cert_time_to_seconds(decode(str(certificate))["notAfter"]))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _unreadable(path: Path) -> str | None:
+    if path.is_dir():
+        return f"{path} is a folder, not a file"
+    if path.exists() and not path.is_file():
+        return f"{path} is not a regular file"
+    try:
+        with path.open("rb"):
+            return None
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
+
+
+def _explain(error: Exception, listener: SecureListener) -> str:
+    reason = getattr(error, "reason", None) or ""
+    if reason == "KEY_VALUES_MISMATCH":
+        return f"{listener.certificate} and {listener.key} do not belong together"
+    if reason in ("PEM_LIB", "NO_START_LINE", "BAD_BASE64_DECODE", "BAD_END_LINE"):
+        return f"{listener.certificate} or {listener.key} is not in PEM form"
+    if reason in ("BAD_DECRYPT", "BAD_PASSWORD_READ", "PROBLEMS_GETTING_PASSWORD"):
+        return f"{listener.key} is protected by a password; give the key without one, readable by the broker alone"
+    return f"{listener.certificate} and {listener.key} cannot be used: {reason or error}"

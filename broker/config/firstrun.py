@@ -1,0 +1,88 @@
+"""The first start of a new installation: one user, one rule, and two lines to try them with."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+from pathlib import Path
+from urllib.parse import quote
+
+import argon2
+
+from broker.config.listeners import TcpListener
+from broker.config.settings import Instance, Settings
+
+USER = "demo"
+
+
+def pending(settings: Settings) -> Instance | None:
+    """The `kind = "file"` instance whose passwords file is still to be made: inside the data folder and not there."""
+    folders = (settings.broker.data, settings.base / "data")
+    for instance in settings.auth.values():
+        passwords = getattr(instance.config, "passwords", None)
+        inside = isinstance(passwords, Path) and any(folder in passwords.parents for folder in folders)
+        if instance.kind == "file" and inside and not os.path.lexists(passwords):
+            return instance
+    return None
+
+
+def prepare(settings: Settings) -> list[str]:
+    """Create the user `demo` with a random password and the right to `telemetry/demo/#`; return what to print.
+
+    Does nothing and returns nothing unless the passwords file is still to be made. The passwords file comes last, so
+    that what was interrupted is done again.
+    """
+    instance = pending(settings)
+    if instance is None:
+        return []
+    passwords: Path = instance.config.passwords  # type: ignore[attr-defined]
+    rules: Path | None = getattr(instance.config, "rules", None)
+    passwords.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    password_file = passwords.parent / "demo-password"
+    password = secrets.token_urlsafe(15)
+    _write(password_file, password + "\n")
+    if rules is not None and not os.path.lexists(rules):
+        rules.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write(rules, f"# written by the first run; rules as in mosquitto's acl_file\nuser {USER}\ntopic readwrite telemetry/{USER}/#\n")
+    _write(passwords, f"{USER}:{argon2.PasswordHasher().hash(password)}\n")
+    return [
+        f"first start: user {USER}, password in {password_file}. Publish as it:",
+        *(_publish(listener, password_file) for listener in _plain(settings)[:1]),
+        *_look(settings),
+    ]
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or none of it, readable by this user alone."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+    os.replace(fresh, path)
+
+
+def _plain(settings: Settings) -> list[TcpListener]:
+    return [listener for listener in settings.listeners.values() if isinstance(listener, TcpListener)]
+
+
+def _publish(listener: TcpListener, password: Path) -> str:
+    host = "127.0.0.1" if listener.bind.any else listener.bind.host
+    secret = f'"$(cat {shlex.quote(str(password))})"'
+    return (
+        f"  mosquitto_pub -h {shlex.quote(host)} -p {listener.bind.port} -u {USER} -P {secret} -q 1"
+        f" -t telemetry/{USER}/room -m 21.5"
+    )
+
+
+def _look(settings: Settings) -> list[str]:
+    for instance in settings.sinks.values():
+        path, table = getattr(instance.config, "path", None), getattr(instance.config, "table", None)
+        if instance.kind == "sqlite" and isinstance(path, Path) and isinstance(table, str):
+            url = f"file:{quote(str(path))}?mode=ro"
+            query = f"select * from {table} order by rowid desc limit 5"
+            code = f'import sqlite3; print(*sqlite3.connect("{url}", uri=True).execute("{query}"), sep="\\n")'
+            return ["and see it arrive:", f"  python3 -c {shlex.quote(code)}"]
+    return []

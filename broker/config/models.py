@@ -1,0 +1,106 @@
+"""The tables every broker has: `[broker]`, `[access]`, `[limits]`, `[workers]`. Text below a field is its manual."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from broker.config.types import ConfigPath, Duration, Size
+
+
+class Section(BaseModel):
+    """A table that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True, validate_default=True)
+
+
+class BrokerConfig(Section):
+    """`[broker]`: this node."""
+
+    name: str = Field(default="isthmus-1", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of this node, unique among the nodes that talk to each other."""
+    data: ConfigPath = "data"  # type: ignore[assignment]
+    """Folder of sessions, queues, retained messages, accounts and the control socket."""
+    durability: Literal["flush", "interval", "none"] = "flush"
+    """When what must survive counts as written: flush (on disk before the acknowledgement) | interval | none."""
+
+
+class AccessConfig(Section):
+    """`[access]`: how the answers of the `[auth.*]` instances become one decision."""
+
+    allow_anonymous: bool = False
+    """Whether a client with neither user name nor password is let in."""
+    no_match: Literal["allow", "deny"] = "deny"
+    """The answer when no source of rules has one: allow | deny."""
+    on_error: Literal["deny", "ignore"] = "deny"
+    """What a failing backend means, unless the backend says otherwise: deny | ignore."""
+    order: tuple[str, ...] | None = None
+    """Names of the `[auth.*]` instances in the order they are asked; others are not asked. An empty list refuses
+    every client. Default: all, in the order in which the fragments are read."""
+    timeout: Annotated[Duration, Field(gt=0, le=60)] = 3.0
+    """Seconds a backend has for one answer, unless the backend says otherwise."""
+    max_concurrent: int = Field(default=64, ge=1, le=10_000)
+    """Calls one backend serves at the same time; what exceeds it waits in a bounded queue."""
+    cache_ttl: Annotated[Duration, Field(le=86_400)] = 60.0
+    """Seconds a verdict of a remote backend is remembered; 0 asks every time."""
+    negative_cache_ttl: Annotated[Duration, Field(le=5)] = 5.0
+    """Seconds a refusal is remembered; errors never are."""
+
+
+class LimitsConfig(Section):
+    """`[limits]`: what one client, and all of them together, may ask for."""
+
+    max_packet_size: Annotated[Size, Field(ge=128, le=268_435_460)] = 1 << 20
+    """Bytes of the largest packet a client may send; a listener may set its own."""
+    receive_maximum: int = Field(default=1024, ge=1, le=65_535)
+    """QoS 1 and 2 messages a client may have unacknowledged."""
+    max_inflight: int = Field(default=32, ge=1, le=65_535)
+    """QoS 1 and 2 messages in flight towards a client that names no Receive Maximum."""
+    max_queued_messages: int = Field(default=1_000, ge=0, le=100_000_000)
+    """Messages in the offline queue of a device; sinks and bridges have their own limit."""
+    session_expiry: Duration = 7_200.0
+    """Seconds a disconnected session lives at most; 3.x sessions get this."""
+    connect_timeout: Annotated[Duration, Field(ge=0.1, le=3_600)] = 10.0
+    """Seconds from accept to CONNECT, TLS and WebSocket hand-shake included."""
+    max_topic_levels: int = Field(default=128, ge=1, le=65_535)
+    """Levels of a topic name or filter."""
+    max_topic_length: int = Field(default=4096, ge=1, le=65_535)
+    """Bytes of a topic name or filter."""
+    max_clientid_length: int = Field(default=256, ge=23, le=65_535)
+    """Bytes of a client id."""
+    max_subscriptions: int = Field(default=1_000, ge=0, le=10_000_000)
+    """Subscriptions of one session."""
+    max_user_properties: int = Field(default=64, ge=0, le=10_000)
+    """User properties of one packet."""
+    max_keepalive: Annotated[Duration, Field(ge=1, le=65_535 * 2)] = 72_000.0
+    """Longest keep-alive a client may ask for; MQTT 5 clients are told, 0 and longer ones are cut to it."""
+    topic_alias_maximum: int = Field(default=16, ge=0, le=65_535)
+    """Topic aliases a client may use towards the broker."""
+    max_retained_messages: int = Field(default=1_000_000, ge=0, le=1_000_000_000)
+    """Retained messages kept altogether."""
+    max_retained_bytes: Size = 1 << 30
+    """Bytes of all retained messages together."""
+    stall_timeout: Annotated[Duration, Field(ge=1)] = 60.0
+    """Seconds a client that does not read may leave output waiting before it is disconnected."""
+    takeover_rate: int = Field(default=10, ge=1, le=100_000)
+    """Times a second one client id may take over its own session; above it the newcomer is refused."""
+    ack_timeout: Annotated[Duration, Field(ge=0.1)] = 30.0
+    """Seconds an acknowledgement may be held for a receiver with `ack = "delivered"`."""
+    route_cache_bytes: Size = 64 << 20
+    """Bytes of memory for remembered routes from topic to receivers."""
+    shared_client_ids: bool = False
+    """Whether a client id that one user's session holds may be used by another user."""
+    shared_strategy: Literal["round_robin", "hash"] = "round_robin"
+    """Which member of a shared subscription gets a message: round_robin | hash (of the publisher's client id)."""
+    check_retain_source: bool = True
+    """Whether a retained message is withheld when its publisher no longer has the right to write its topic."""
+    strict: bool = True
+    """Whether text in packets is checked for control characters and non-characters too."""
+
+
+class WorkersConfig(Section):
+    """`[workers]`: the processes that run sinks and bridges."""
+
+    processes: int = Field(default=1, ge=0, le=64)
+    """Worker processes; 0 runs sinks and bridges inside the broker process."""

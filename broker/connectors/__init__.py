@@ -1,0 +1,1 @@
+"""Connections to outside systems that more than one room uses."""

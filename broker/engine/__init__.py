@@ -1,0 +1,1 @@
+"""State and routing: topics, router, sessions, queues, retained messages, wills. No sockets, no await."""

@@ -1,0 +1,833 @@
+"""One connection's side of the protocol: framing, state, and every packet a client may send.
+
+Theory of operation. `feed` is called once per read and handles every packet in it before it returns. Consecutive QoS 0
+packets with the same route go out as one slice of the read (a *run*). Acknowledgements of one read are collected and
+written once. A packet that cannot be decided yet (CONNECT while a backend thinks, a publish into a blocking queue)
+*suspends* the channel: the rest of the bytes is kept, reading pauses at 64 KiB, and `resume_parse` goes on there.
+No sockets: `link` is anything with a transport's methods.
+"""
+
+import logging
+from collections import deque
+from typing import Any
+
+from broker.engine import topics
+from broker.engine.core import Core
+from broker.engine.listener import ListenerInfo
+from broker.engine.message import METADATA, Message
+from broker.engine.outbox import Outbox
+from broker.engine.receiver import DONE, LATER, REFUSED, Hold
+from broker.engine.router import Entry, Route, Router
+from broker.engine.session import ACK_OK, ACK_UNKNOWN, ACK_WRONG, Session
+from broker.mqtt import packets
+from broker.mqtt.codes import connack_v3
+from broker.mqtt.errors import ProtocolError
+from broker.mqtt.properties import Properties, decode_properties, encode_properties
+from broker.mqtt.text import check_text
+
+log = logging.getLogger(__name__)
+
+NEW = 0
+AUTHENTICATING = 1
+LIVE = 2
+CLOSED = 3
+
+BEFORE_LOGIN = 65_536
+"""Largest packet before login: RabbitMQ's figure; nothing larger is a CONNECT worth reading."""
+
+CONTINUE = 0
+STOP = 1
+SUSPEND = 2
+
+PUBLISH_TYPE = 3
+RIGHTS_PER_SESSION = 131_072
+"""Topics a session's dictionary of rights may hold before it is started anew."""
+
+
+class Channel:
+    """The protocol state of one connection."""
+
+    def __init__(
+        self, engine: Any, core: Core, router: Router, link: Any, listener: ListenerInfo, peer: str, accepted_at: float
+    ) -> None:
+        self.engine = engine
+        self.core = core
+        self.router = router
+        self.link = link
+        self.listener = listener
+        self.peer = peer
+        self.identity: dict[str, str] | None = None
+        self.outbox = Outbox(link, core.flusher, max(1 << 20, 4 * core.limits.max_packet_size))
+        self.session: Session | None = None
+        self.principal: Any = None
+        self.origin: Any = None
+        self.connect: Any = None
+        self.state = NEW
+        self.version = 4
+        self.v5 = False
+        self.parsing = False
+        self.suspended = False
+        self.paused = False
+        self.pieces: list[bytes] | None = None
+        self.have = 0
+        self.need = 0
+        self.last_read = core.now
+        self.deadline = accepted_at + core.limits.connect_timeout
+        self.keep_alive = 0.0
+        self.max_packet = listener.max_packet_size or core.limits.max_packet_size
+        self.receive_maximum = 65535
+        self.alias_maximum = 0
+        self.aliases: dict[int, bytes] | None = None
+        self.acks: bytearray | None = None
+        self.held: Any = None
+        self.memo: bytes = b""
+        self.memo_entry: Entry | None = None
+        self.problem_information = True
+        self.graceful = False
+        self.bucket = -1
+
+    @property
+    def peerhost(self) -> str:
+        """The peer's address without its port."""
+        host, colon, _ = self.peer.rpartition(":")
+        return host if colon else self.peer
+
+    # bytes in -------------------------------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        """Handle the bytes of one read."""
+        if self.state == CLOSED:
+            return
+        if self.pieces is not None:
+            self.pieces.append(data)
+            self.have += len(data)
+            if self.suspended:
+                if self.have > BEFORE_LOGIN and not self.paused:
+                    self.paused = True
+                    self.link.pause_reading()
+                return
+            if self.have < self.need:
+                self.last_read = self.core.now
+                return
+            data = b"".join(self.pieces)
+            self.pieces = None
+        elif self.suspended:
+            self.pieces = [data]
+            self.have = len(data)
+            self.need = 0
+            return
+        self.last_read = self.core.now
+        self._guard(data)
+        self.core.flusher.after_read()
+
+    def _guard(self, data: bytes) -> None:
+        self.parsing = True
+        try:
+            self._parse(data)
+        except ProtocolError as error:
+            self.fail(error)
+        except Exception:
+            log.exception("internal error while serving client %r from %s; its connection is closed", self.client_id, self.peer)
+            self.core.count("internal_error")
+            self.disconnect(0x83)
+        finally:
+            self.parsing = False
+
+    @property
+    def client_id(self) -> str:
+        """The client id, once known."""
+        if self.session is not None:
+            return self.session.client_id
+        return self.connect.client_id if self.connect is not None else ""
+
+    def _parse(self, data: bytes) -> None:
+        p = data
+        n = len(data)
+        i = 0
+        end = 0
+        v5 = self.v5
+        session = self.session
+        route: Route | None = None
+        run_route: Route | None = None
+        run_start = 0
+        run_end = 0
+        run_count = 0
+        largest = 0
+        error: str | None = None
+        code = 0x81
+        while i < n:
+            first = p[i]
+            kind = first >> 4
+            end = 0
+            if i + 1 >= n:
+                break
+            at = i + 2
+            size = p[i + 1]
+            if size > 127:
+                size = size & 127
+                shift = 7
+                while True:
+                    if at >= n:
+                        at = 0
+                        break
+                    byte = p[at]
+                    at += 1
+                    size |= (byte & 127) << shift
+                    if byte < 128:
+                        if byte == 0:
+                            error = "a length is not encoded in the fewest bytes"  # [MQTT-1.5.5-1]
+                        break
+                    shift += 7
+                    if shift > 21:
+                        error = "a length has more than four bytes"
+                        break
+                if error is not None:
+                    break
+                if at == 0:
+                    if self.state != LIVE and kind != 1:
+                        self._abort("not_mqtt")
+                        return
+                    break
+            if self.state != LIVE:
+                if kind != 1:  # [MQTT-3.1.0-1]
+                    self._abort("not_mqtt")
+                    return
+                if size > BEFORE_LOGIN:
+                    self._abort("connect_too_large")
+                    return
+            elif size + at - i > self.max_packet:
+                error = "the packet is larger than the server's maximum"
+                code = 0x95
+                break
+            end = at + size
+            if end > n:
+                break
+            if first == 0x30 and size > 1:
+                topic_at = at + 2
+                length = p[at] << 8 | p[at + 1]
+                topic_end = topic_at + length
+                if topic_end > end:
+                    error = "the topic name is longer than its packet"
+                    break
+                if length and (not v5 or (topic_end < end and p[topic_end] == 0)):
+                    entry = self.memo_entry
+                    if entry is None or length != len(self.memo) or not data.startswith(self.memo, topic_at) or not entry.live:
+                        entry = self._entry(p[topic_at:topic_end])
+                        self.memo_entry = entry
+                        self.memo = entry.topic
+                    if entry.code == 0:
+                        route = entry.route
+                        if route is None:
+                            route = self.router.fill(entry)
+                        if run_count and route is run_route:
+                            run_end = end
+                            run_count += 1
+                            if end - i > largest:
+                                largest = end - i
+                        else:
+                            if run_count and run_route is not None:
+                                self._deliver_run(data, run_start, run_end, run_count, largest, run_route)
+                            run_route = route
+                            run_start = i
+                            run_end = end
+                            run_count = 1
+                            largest = end - i
+                    else:
+                        self.core.received += 1
+                        self.core.drop("unauthorized" if entry.code == 0x87 else "invalid_topic")
+                    i = end
+                    continue
+            if run_count and run_route is not None:
+                self._deliver_run(data, run_start, run_end, run_count, largest, run_route)
+                run_count = 0
+            if session is not None and size == 2 and 4 <= kind <= 7:
+                ident = p[at] << 8 | p[at + 1]
+                if first == 0x40:
+                    said = session.on_puback(ident)
+                    if said == ACK_WRONG:
+                        raise ProtocolError(0x82, "PUBACK answers a QoS 2 message")
+                    if said == ACK_UNKNOWN:
+                        self.core.count("unknown_ack")
+                elif first == 0x62:
+                    self._on_pubrel(session, ident)
+                elif first == 0x50:
+                    self._on_pubrec(session, ident, 0)
+                elif first == 0x70:
+                    said = session.on_pubcomp(ident)
+                    if said == ACK_WRONG:
+                        raise ProtocolError(0x82, "PUBCOMP answers a message that was not released")
+                    if said == ACK_UNKNOWN:
+                        self.core.count("unknown_ack")
+                else:
+                    raise ProtocolError(0x81, "reserved bits of the fixed header are set")  # [MQTT-2.1.3-1]
+            elif kind == 3 and session is not None:
+                said = self._on_publish(data, first, i, at, end)
+                if said == STOP:
+                    return
+                if said == SUSPEND:
+                    end = i
+                    break
+            else:
+                self._on_packet(kind, first, p[at:end])
+                if self.state == CLOSED:
+                    return
+                v5 = self.v5
+                session = self.session
+                if self.suspended:
+                    i = end
+                    break
+            i = end
+        if run_count and run_route is not None:
+            self._deliver_run(data, run_start, run_end, run_count, largest, run_route)
+        if error is not None:
+            raise ProtocolError(code, error)
+        if i < n:
+            rest = p[i:n] if i else data
+            self.pieces = [rest]
+            self.have = n - i
+            self.need = end - i if end > i else 0
+        if self.acks:
+            self._flush_acks()
+        if self.outbox.congested and self.outbox.size > self.outbox.limit and not self.paused and self.link is not None:
+            self.paused = True
+            self.link.pause_reading()
+
+    def resume_parse(self) -> None:
+        """Go on with what was kept while the channel was suspended."""
+        if self.state == CLOSED or not self.suspended:
+            return
+        self.suspended = False
+        self.last_read = self.core.now
+        if self.parsing:
+            return
+        if self.pieces is not None:
+            data = b"".join(self.pieces)
+            self.pieces = None
+            self._guard(data)
+            if self.state == CLOSED:
+                return
+        if self.paused and not self.suspended:
+            self.paused = False
+            self.link.resume_reading()
+        self.core.flusher.after_read()
+
+    # publishing -----------------------------------------------------------------------------------------------
+
+    def _entry(self, topic: bytes) -> Entry:
+        """The topic's cache entry if this client may publish there, else an entry whose code says why not."""
+        session = self.session
+        assert session is not None
+        rights = session.rights
+        if rights is None:
+            rights = session.rights = {}
+        entry: Entry | None = rights.get(topic)
+        if entry is not None and entry.live:
+            return entry
+        limits = self.core.limits
+        check_text(topic, limits.strict)
+        if not topics.valid_name(topic):
+            raise ProtocolError(0x90, "a topic name holds a wildcard or is empty")
+        code = 0
+        if len(topic) > limits.max_topic_length or topics.levels(topic) > limits.max_topic_levels:
+            code = 0x90
+        elif topic[0] == 36 and not self.principal.privileged:
+            code = 0x87
+        elif not self.engine.gate.may_publish(self.principal, topic.decode()):
+            code = 0x87
+        entry = self.router.entry(topic) if code == 0 else Entry(topic, code)
+        if len(rights) >= RIGHTS_PER_SESSION:
+            rights.clear()
+        rights[entry.topic] = entry
+        return entry
+
+    def _deliver_run(self, data: bytes, start: int, end: int, count: int, largest: int, route: Route) -> None:
+        """Consecutive QoS 0 packets with one route: every receiver of the same version gets the same slice."""
+        core = self.core
+        core.received += count
+        session = self.session
+        v5 = self.v5
+        if not route.simple:
+            for message in self._messages(data, start, end):
+                self._hand_over(route, message)
+            return
+        p = data
+        piece: bytes | None = None
+        other: list[Any] | None = None
+        for target in route.targets:
+            receiver = target.receiver
+            if target.no_local and receiver is session:  # [MQTT-3.8.3-3]
+                continue
+            box = receiver.outbox
+            if box is not None and receiver.v5 == v5 and largest <= receiver.max_packet:
+                if piece is None:
+                    piece = data if start == 0 and end == len(data) else p[start:end]
+                if box.offer(piece):
+                    core.sent += count
+                else:
+                    core.drop("slow_receiver", count)
+            else:
+                if other is None:
+                    other = self._messages(data, start, end)
+                for message in other:
+                    receiver.deliver(message, target, None)
+
+    def _messages(self, data: bytes, start: int, end: int) -> list[Any]:
+        """The packets of a run as messages."""
+        found = []
+        p = data
+        i = start
+        while i < end:
+            at = i + 1
+            size = 0
+            shift = 0
+            while True:
+                byte = p[at]
+                at += 1
+                size |= (byte & 127) << shift
+                shift += 7
+                if byte < 128:
+                    break
+            topic_end = at + 2 + (p[at] << 8 | p[at + 1])
+            stop = at + size
+            message = Message(
+                p[at + 2 : topic_end], p[topic_end + (1 if self.v5 else 0) : stop], 0, False, b"", 0.0, self.origin
+            )
+            found.append(message)
+            i = stop
+        return found
+
+    def _hand_over(self, route: Route, message: Message) -> None:
+        """A QoS 0 message towards receivers that need more than a slice."""
+        if route.guarded and self.router.room(route, message) != DONE:
+            self.core.drop("queue_full")
+            return
+        self.router.publish(route, message, self.session, None)
+
+    def _on_publish(self, data: bytes, first: int, start: int, at: int, end: int) -> int:
+        """Every PUBLISH that is not a plain QoS 0 one."""
+        p = data
+        session = self.session
+        core = self.core
+        assert session is not None
+        qos = (first >> 1) & 3
+        if qos == 3:
+            raise ProtocolError(0x81, "QoS 3")  # [MQTT-3.3.1-4]
+        if qos == 0 and first & 8:
+            raise ProtocolError(0x81, "DUP at QoS 0")  # [MQTT-3.3.1-2]
+        off = at + 2
+        if off > end:
+            raise ProtocolError(0x81, "a PUBLISH without a topic name")
+        length = p[at] << 8 | p[at + 1]
+        off += length
+        if off > end:
+            raise ProtocolError(0x81, "the topic name is longer than its packet")
+        topic_end = off
+        ident = 0
+        if qos:
+            off += 2
+            if off > end:
+                raise ProtocolError(0x81, "the packet ends before its packet identifier")
+            ident = p[topic_end] << 8 | p[topic_end + 1]
+            if ident == 0:
+                raise ProtocolError(0x81, "packet identifier 0")  # [MQTT-2.2.1-3]
+        props: Properties | None = None
+        body_at = off
+        if self.v5:
+            if off >= end:
+                raise ProtocolError(0x81, "the packet ends before its properties")
+            if p[off] == 0:
+                off += 1
+            else:
+                props, off = decode_properties(data, off, end, PUBLISH_TYPE, core.limits.max_user_properties)
+        alias = props.topic_alias if props is not None else None
+        entry: Entry | None = None
+        if alias is not None:
+            if alias > self.alias_maximum:
+                raise ProtocolError(0x94, "a topic alias above the maximum")  # [MQTT-3.2.2-18]
+            if self.aliases is None:
+                self.aliases = {}
+            if length:
+                entry = self._entry(p[at + 2 : topic_end])
+                self.aliases[alias] = entry.topic
+            else:
+                known = self.aliases.get(alias)
+                if known is None:
+                    raise ProtocolError(0x82, "an unknown topic alias")
+                entry = self._entry(known)
+        elif length == 0:
+            raise ProtocolError(0x82 if self.v5 else 0x81, "an empty topic name")
+        else:
+            entry = self.memo_entry
+            if entry is None or length != len(self.memo) or not data.startswith(self.memo, at + 2) or not entry.live:
+                entry = self._entry(p[at + 2 : topic_end])
+                self.memo_entry = entry
+                self.memo = entry.topic
+        expires = 0.0
+        forward = b""
+        if props is not None:
+            if props.subscription_identifiers is not None:
+                raise ProtocolError(0x82, "a subscription identifier from a client")  # [MQTT-3.3.4-6]
+            if props.response_topic is not None and topics.is_wild(props.response_topic.encode()):
+                raise ProtocolError(0x82, "a response topic with a wildcard")  # [MQTT-3.3.2-14]
+            if props.message_expiry_interval is not None:
+                expires = core.now + props.message_expiry_interval
+            forward = props.forward
+            if props.user_properties and b"$isthmus" in forward:
+                forward = _without_metadata(props)
+        code = entry.code
+        if qos == 2 and session.seen(ident):
+            self._acknowledge(0x50, ident, 0)
+            return CONTINUE
+        if qos and self.v5:
+            waiting = session.received_count + (len(self.held) if self.held is not None else 0)
+            if self.acks is not None:
+                waiting += len(self.acks) >> 2 if qos == 1 else 0
+            if waiting >= self.receive_maximum:
+                raise ProtocolError(0x93, "more unacknowledged messages than the Receive Maximum")  # [MQTT-3.3.4-7]
+        if code == 0 and props is not None and props.payload_format_indicator == 1 and not _is_text(p[off:end]):
+            code = 0x99
+        if code:
+            core.received += 1
+            core.drop("unauthorized" if code == 0x87 else "invalid_topic" if code == 0x90 else "invalid_payload")
+            if qos:
+                self._acknowledge(0x40 if qos == 1 else 0x50, ident, code if self.v5 else 0)
+            return CONTINUE
+        message = Message(entry.topic, p[off:end], qos, first & 1 == 1, forward, expires, self.origin)
+        if qos and first & 9 == 0 and props is None and alias is None:
+            if self.v5:
+                message.head5 = p[start:topic_end]
+                message.body5 = p[body_at:end]
+            else:
+                message.head4 = p[start:topic_end]
+        route = entry.route
+        if route is None:
+            route = self.router.fill(entry)
+        if route.guarded:
+            said = self.router.room(route, message)
+            if said == LATER and qos:
+                self.suspended = True
+                self.engine.wait_for_room(self, route, message)
+                return SUSPEND
+            if said != DONE:
+                core.received += 1
+                core.drop("queue_full")
+                if qos:
+                    if not self.v5:
+                        self._abort("queue_full")
+                        return STOP
+                    self._acknowledge(0x40 if qos == 1 else 0x50, ident, 0x97)
+                return CONTINUE
+        core.received += 1
+        if message.retain and not self.engine.retain(message):
+            code = 0x97
+        hold = Hold(self) if route.holding and qos else None
+        count = self.router.publish(route, message, session, hold)
+        if qos == 0:
+            return CONTINUE
+        if code:
+            self._acknowledge(0x40 if qos == 1 else 0x50, ident, code if self.v5 else 0)
+            return CONTINUE
+        if qos == 2:
+            session.remember(ident)
+        if hold is not None and hold.count > 0:
+            self._hold(0x40 if qos == 1 else 0x50, ident, hold)
+        elif count == 0 and self.v5:
+            self._acknowledge(0x40 if qos == 1 else 0x50, ident, 0x10)
+        elif self.held is None:
+            acks = self.acks
+            if acks is None:
+                acks = self.acks = bytearray()
+            acks.append(0x40 if qos == 1 else 0x50)
+            acks.append(2)
+            acks.append(ident >> 8)
+            acks.append(ident & 255)
+        else:
+            self._acknowledge(0x40 if qos == 1 else 0x50, ident, 0)
+        return CONTINUE
+
+    # acknowledgements -----------------------------------------------------------------------------------------
+
+    def _acknowledge(self, first: int, ident: int, code: int) -> None:
+        """PUBACK or PUBREC, behind those that are held. [MQTT-4.6.0-2] [MQTT-4.6.0-3]"""
+        if code:
+            packet = bytes((first, 3, ident >> 8, ident & 255, code))
+        else:
+            packet = bytes((first, 2, ident >> 8, ident & 255))
+        if self.held is not None:
+            self.held.append((packet, None, 0.0))
+            return
+        if self.acks is None:
+            self.acks = bytearray()
+        self.acks += packet
+
+    def _hold(self, first: int, ident: int, hold: Hold) -> None:
+        if self.held is None:
+            self.held = deque()
+            self.engine.holding.add(self)
+        hold.done = True
+        self.held.append((bytes((first, 2, ident >> 8, ident & 255)), hold, self.core.now))
+
+    def on_released(self) -> None:
+        """Send what is at the head of the held acknowledgements and waits for nothing any more."""
+        held = self.held
+        if held is None or self.state != LIVE:
+            return
+        out = []
+        while held:
+            packet, hold, _ = held[0]
+            if hold is not None and hold.owner is not None:
+                break
+            held.popleft()
+            if hold is not None and hold.code:
+                if not self.v5:
+                    self._abort("ack_timeout")
+                    return
+                packet = bytes((packet[0], 3, packet[2], packet[3], hold.code))
+            out.append(packet)
+        if not held:
+            self.held = None
+            self.engine.holding.discard(self)
+        if out:
+            self.outbox.push(b"".join(out))
+
+    def _flush_acks(self) -> None:
+        acks = self.acks
+        if acks:
+            self.outbox.push(bytes(acks))
+            self.acks = None
+
+    def _reply(self, first: int, ident: int, code: int) -> None:
+        if self.acks is None:
+            self.acks = bytearray()
+        if code and self.v5:
+            self.acks += bytes((first, 3, ident >> 8, ident & 255, code))
+        else:
+            self.acks += bytes((first, 2, ident >> 8, ident & 255))
+
+    def _on_pubrel(self, session: Session, ident: int) -> None:
+        self._reply(0x70, ident, 0 if session.forget(ident) else 0x92)
+
+    def _on_pubrec(self, session: Session, ident: int, code: int) -> None:
+        said = session.on_pubrec(ident, code)
+        if said == ACK_WRONG:
+            raise ProtocolError(0x82, "PUBREC answers a QoS 1 message")
+        if code < 0x80:
+            self._reply(0x62, ident, 0 if said == ACK_OK else 0x92)
+
+    # the other packets ----------------------------------------------------------------------------------------
+
+    def _on_packet(self, kind: int, first: int, body: bytes) -> None:
+        packets.check_flags(first, self.version)
+        if kind == 1:
+            if self.state != NEW:
+                raise ProtocolError(0x82, "a second CONNECT")  # [MQTT-3.1.0-2]
+            self._on_connect(body)
+            return
+        session = self.session
+        if session is None:
+            self._abort("not_mqtt")
+            return
+        if kind == 12:
+            if body:
+                raise ProtocolError(0x81, "a PINGREQ with a body")
+            self.outbox.push(b"\xd0\x00")  # [MQTT-3.12.4-1]
+        elif kind == 8:
+            subscribe = packets.decode_subscribe(body, self.version)
+            self._flush_acks()
+            codes, retained = self.engine.subscribe(self, session, subscribe)
+            self.outbox.push(packets.encode_suback(subscribe.packet_id, self.version, codes))  # [MQTT-3.8.4-1]
+            if retained:
+                session.retained = deque(retained) if session.retained is None else session.retained + deque(retained)
+                session.drain()
+        elif kind == 10:
+            unsubscribe = packets.decode_unsubscribe(body, self.version)
+            codes = self.engine.unsubscribe(session, unsubscribe.filters)
+            self.outbox.push(packets.encode_unsuback(unsubscribe.packet_id, self.version, codes))  # [MQTT-3.10.4-4]
+        elif 4 <= kind <= 7:
+            ack = packets.decode_ack(body, self.version, kind)
+            if kind == 6:
+                self._on_pubrel(session, ack.packet_id)
+            elif kind == 5:
+                self._on_pubrec(session, ack.packet_id, ack.code)
+            else:
+                said = session.on_puback(ack.packet_id) if kind == 4 else session.on_pubcomp(ack.packet_id)
+                if said == ACK_WRONG:
+                    raise ProtocolError(0x82, "an acknowledgement of the wrong kind")
+                if said == ACK_UNKNOWN:
+                    self.core.count("unknown_ack")
+        elif kind == 14:
+            self._on_disconnect(session, packets.decode_disconnect(body, self.version))
+        elif kind == 15 and self.v5:
+            packets.decode_auth(body, self.version)
+            raise ProtocolError(0x82, "AUTH without an authentication method")  # [MQTT-4.12.0-7]
+        else:
+            raise ProtocolError(0x82, "a packet only servers send")
+
+    def _on_connect(self, body: bytes) -> None:
+        limits = self.core.limits
+        connect = packets.decode_connect(body, limits.strict)
+        self.connect = connect
+        self.version = connect.version
+        self.v5 = connect.version == 5
+        if connect.bridge and not self.listener.bridge_bit:
+            self.refuse(0x84)
+            return
+        if len(connect.client_id) > limits.max_clientid_length:
+            self.refuse(0x85)
+            return
+        if not connect.client_id and (connect.version == 3 or (connect.version == 4 and not connect.clean_start)):
+            self.refuse(0x85)  # [MQTT-3.1.3-8]
+            return
+        if connect.properties is not None:
+            if connect.properties.authentication_method is not None:
+                self.refuse(0x8C)  # [MQTT-4.12.0-1]
+                return
+            if connect.properties.request_problem_information == 0:
+                self.problem_information = False
+        will = connect.will
+        if will is not None:
+            name = will.topic
+            if not topics.valid_name(name) or topics.levels(name) > limits.max_topic_levels:
+                self.refuse(0x90)
+                return
+            if len(name) > limits.max_topic_length:
+                self.refuse(0x90)
+                return
+        self.state = AUTHENTICATING
+        self.suspended = True
+        self.engine.gate.authenticate(self, connect)
+
+    def accept(self, principal: Any) -> None:
+        """The gate's yes: attach the session and answer CONNACK."""
+        if self.state != AUTHENTICATING:
+            return
+        self.engine.attach(self, self.connect, principal)
+        self.connect = None
+        if self.state == LIVE:
+            self.resume_parse()
+
+    def refuse(self, code: int) -> None:
+        """The gate's no, with an MQTT 5 reason code."""
+        if self.state == CLOSED:
+            return
+        self.core.count("connect_refused")
+        self.outbox.push(packets.encode_connack(self.version, False, code if self.v5 else connack_v3(code)))
+        self._end()
+
+    def refuse_late(self) -> None:
+        """The absolute deadline of CONNECT passed; only a client that has been understood gets an answer."""
+        if self.state == AUTHENTICATING:
+            self.refuse(0x88)
+        else:
+            self._end()
+
+    def _on_disconnect(self, session: Session, packet: Any) -> None:
+        props = packet.properties
+        if props is not None and props.session_expiry_interval is not None:
+            if props.session_expiry_interval and not session.persistent:
+                raise ProtocolError(0x82, "a session expiry where CONNECT had none")  # [MQTT-3.1.2-25]
+            self.engine.set_expiry(session, props.session_expiry_interval)
+        self.graceful = packet.code == 0  # [MQTT-3.14.4-3]
+        self._end()
+
+    # ends -----------------------------------------------------------------------------------------------------
+
+    def fail(self, error: ProtocolError) -> None:
+        """The peer broke a rule: answer as its version wants and close."""
+        self.engine.report(
+            "protocol_error", f"client {self.client_id!r} from {self.peer}: {error} (0x{error.code:02x})"
+        )
+        self.core.count("protocol_error")
+        if self.state == NEW or self.state == AUTHENTICATING:
+            version = error.version if self.connect is None else self.version
+            if version == 5:
+                self.outbox.push(packets.encode_connack(5, False, error.code))
+            elif error.code == 0x84:
+                self.outbox.push(packets.encode_connack(version, False, 1))  # [MQTT-3.1.2-2]
+            self._end()
+        else:
+            self.disconnect(error.code)
+
+    def disconnect(self, code: int) -> None:
+        """The server ends the connection; MQTT 5 clients are told why. The will is published."""
+        if self.state == CLOSED:
+            return
+        if self.v5 and self.state == LIVE:
+            self._flush_acks()
+            self.outbox.push(packets.encode_disconnect(5, code))  # [MQTT-4.13.1-1]
+        self._end()
+
+    def _abort(self, reason: str) -> None:
+        """Close without a word."""
+        self.core.count(reason)
+        if reason == "not_mqtt":
+            self.engine.report("not_mqtt", f"{self.peer} does not speak MQTT on listener {self.listener.name!r}; closed")
+        self._end()
+
+    def _end(self) -> None:
+        if self.state == CLOSED:
+            return
+        self._flush_acks()
+        self.outbox.flush()
+        state = self.state
+        self.state = CLOSED
+        link = self.link
+        self.engine.closed(self, state)
+        self.outbox.close()
+        self.link = None
+        self.pieces = None
+        self.memo_entry = None
+        if self.held is not None:
+            for _, hold, _ in self.held:
+                if hold is not None:
+                    hold.owner = None
+            self.held = None
+        if link is not None:
+            link.close()
+
+    def lost(self, error: Exception | None = None) -> None:
+        """The connection is gone."""
+        self.link = None
+        self.outbox.link = None
+        self._end()
+
+    def pause_writing(self) -> None:
+        """The transport has enough for now."""
+        self.outbox.congested = True
+        self.core.stalled.add(self)
+        self.deadline = self.core.now + self.core.limits.stall_timeout
+
+    def resume_writing(self) -> None:
+        """The transport takes bytes again."""
+        self.core.stalled.discard(self)
+        if self.state == CLOSED:
+            return
+        self.outbox.resume()
+        if self.session is not None and not self.outbox.congested:
+            self.session.drain()
+        if self.paused and not self.suspended and not self.outbox.congested:
+            self.paused = False
+            self.link.resume_reading()
+
+
+def _without_metadata(props: Properties) -> bytes:
+    """What is passed on, less the property only we may set."""
+    kept = Properties()
+    kept.payload_format_indicator = props.payload_format_indicator
+    kept.content_type = props.content_type
+    kept.response_topic = props.response_topic
+    kept.correlation_data = props.correlation_data
+    kept.user_properties = [pair for pair in props.user_properties or [] if pair[0] != METADATA] or None
+    block = encode_properties(kept)
+    skip = 0
+    while block[skip] & 128:
+        skip += 1
+    return block[skip + 1 :]
+
+
+def _is_text(payload: bytes) -> bool:
+    try:
+        payload.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

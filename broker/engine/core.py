@@ -1,0 +1,81 @@
+"""What every part of one broker's engine shares: clock, limits, counters, message identifiers. Knows no room above."""
+
+from collections.abc import Callable
+from typing import Any
+
+from broker.engine.outbox import Flusher
+
+
+class Limits:
+    """The `[limits]` table, plus what a listener may narrow. Sizes in bytes, durations in seconds."""
+
+    def __init__(self, **values: Any) -> None:
+        self.max_packet_size = 1 << 20
+        self.receive_maximum = 1024
+        self.max_inflight = 32
+        self.max_queued_messages = 1000
+        self.session_expiry = 7200.0
+        self.connect_timeout = 10.0
+        self.max_topic_levels = 128
+        self.max_topic_length = 4096
+        self.max_clientid_length = 256
+        self.max_subscriptions = 1000
+        self.max_user_properties = 64
+        self.max_keepalive = 72000.0
+        self.topic_alias_maximum = 16
+        self.max_retained_messages = 1_000_000
+        self.max_retained_bytes = 1 << 30
+        self.stall_timeout = 60.0
+        self.takeover_rate = 10
+        self.ack_timeout = 30.0
+        self.route_cache_bytes = 64 << 20
+        self.shared_client_ids = False
+        self.shared_strategy = "round_robin"
+        self.check_retain_source = True
+        self.strict = True
+        for name, value in values.items():
+            if not hasattr(self, name):
+                raise AttributeError(f"no limit is called {name!r}")
+            setattr(self, name, value)
+
+
+class Core:
+    """Clock, counters and the flusher of one broker."""
+
+    def __init__(
+        self, call_soon: Callable[[Callable[[], None]], Any], now: float, wall_ms: int, node: str, node_id: int, boot: int
+    ) -> None:
+        self.flusher = Flusher(call_soon)
+        self.limits = Limits()
+        self.now = now
+        self.wall_ms = wall_ms
+        self.node = node
+        self.received = 0
+        self.sent = 0
+        self.received_bytes = 0
+        self.dropped: dict[str, int] = {}
+        self.events: dict[str, int] = {}
+        self.stalled: set[Any] = set()
+        self._sequence = 0
+        self._tail = f"{node_id & 0xFFFF:04x}{boot & 0xFFFF:04x}"
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Count messages that reach nobody, by reason."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def count(self, event: str, count: int = 1) -> None:
+        """Count something worth knowing that is not a message."""
+        self.events[event] = self.events.get(event, 0) + count
+
+    def stamp(self, message: Any) -> None:
+        """Give a message its identifier (sortable by time) and its time of arrival, once."""
+        if not message.ident:
+            self._sequence += 1
+            message.time_ms = self.wall_ms
+            message.ident = f"{self.wall_ms & 0xFFFFFFFFFFFF:012x}{self._tail}{self._sequence & 0xFFFFFFFFFFFF:012x}"
+
+    def set_clock(self, now: float, wall_ms: int) -> None:
+        """Advance the engine's clock (monotonic seconds); the wall clock in identifiers never goes back."""
+        self.now = now
+        if wall_ms > self.wall_ms:
+            self.wall_ms = wall_ms

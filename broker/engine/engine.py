@@ -1,0 +1,691 @@
+"""The whole of one broker's protocol state: sessions by client id, subscriptions, retained messages, wills, timers.
+
+One object per broker, no module-level state. `tick` is called four times a second; everything else happens inside
+`Channel.feed`.
+"""
+
+import logging
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from broker.engine import topics
+from broker.engine.channel import AUTHENTICATING, LIVE, Channel
+from broker.engine.core import Core, Limits
+from broker.engine.gate import InternalPrincipal
+from broker.engine.groups import Lanes, ShareGroup
+from broker.engine.listener import ListenerInfo
+from broker.engine.message import Message, Origin
+from broker.engine.receiver import DONE, Subscription
+from broker.engine.retained import Retained
+from broker.engine.router import Entry, Route, Router
+from broker.engine.session import NEVER, Session
+from broker.engine.timers import Timers, Wheel
+from broker.mqtt import packets
+from broker.mqtt.errors import ProtocolError
+from broker.mqtt.properties import Properties
+
+log = logging.getLogger(__name__)
+
+RESERVED = "isthmus/"
+"""Client ids of workers; nobody else may use them."""
+
+Report = Callable[[str, str], None]
+
+
+def _quiet(category: str, text: str) -> None:
+    log.info("%s: %s", category, text)
+
+
+class Engine:
+    """`gate` decides rights, `call_soon(callback)` runs a callback at the end of the loop's tick."""
+
+    def __init__(
+        self,
+        gate: Any,
+        call_soon: Callable[[Callable[[], None]], Any],
+        *,
+        now: float,
+        wall_ms: int,
+        limits: Limits | None = None,
+        node: str = "isthmus-1",
+        node_id: int = 1,
+        boot: int = 1,
+        report: Report = _quiet,
+    ) -> None:
+        self.gate = gate
+        self.core = Core(call_soon, now, wall_ms, node, node_id, boot)
+        self.report = report
+        self.sessions: dict[str, Session] = {}
+        self.groups: dict[tuple[bytes, bytes], ShareGroup] = {}
+        self.channels: set[Channel] = set()
+        self.holding: set[Channel] = set()
+        self.router = Router(self._may_receive, 64 << 20)
+        self.retained_store = Retained(1, 1)
+        self.wheel = Wheel(now)
+        self.timers = Timers()
+        self.connected = 0
+        self.draining = False
+        self._takeovers: dict[str, tuple[int, int]] = {}
+        self._waiting: list[tuple[Channel, Route, Message]] = []
+        self._next_sweep = now + 60.0
+        self.on_connected: Callable[[Channel], None] | None = None
+        self.on_disconnected: Callable[[Channel], None] | None = None
+        self.configure(limits or Limits())
+
+    def configure(self, limits: Limits) -> None:
+        """Put new limits in force; connections keep what they were told at CONNECT."""
+        self.core.limits = limits
+        self.router.cache_bytes = limits.route_cache_bytes
+        self.retained_store.max_messages = limits.max_retained_messages
+        self.retained_store.max_bytes = limits.max_retained_bytes
+
+    def _may_receive(self, principal: Any, topic: str) -> int:
+        if principal.privileged:
+            return 1
+        answer: int = self.gate.may_receive(principal, topic)
+        return answer
+
+    # connections ----------------------------------------------------------------------------------------------
+
+    def open_channel(self, link: Any, listener: ListenerInfo, peer: str, *, accepted_at: float = 0.0) -> Channel:
+        """A connection was made. `accepted_at` is the loop's time of accept, from which the deadline counts."""
+        channel = Channel(self, self.core, self.router, link, listener, peer, accepted_at or self.core.now)
+        self.channels.add(channel)
+        self.wheel.put(channel, channel.deadline)
+        return channel
+
+    def attach(self, channel: Channel, connect: Any, principal: Any) -> None:
+        """Give an authenticated channel its session and answer CONNACK. MQTT 5 section 3.1.4."""
+        core = self.core
+        limits = core.limits
+        props: Properties | None = connect.properties
+        v5 = channel.v5
+        client_id: str = connect.client_id
+        assigned = not client_id
+        if assigned:
+            client_id = f"auto-{uuid.uuid4().hex}"  # [MQTT-3.1.3-6]
+        if client_id.startswith(RESERVED) and not principal.privileged:
+            channel.refuse(0x85)
+            return
+        session = self.sessions.get(client_id)
+        if session is not None:
+            if session.owner != principal.username and not limits.shared_client_ids and not principal.privileged:
+                self.report("client_id_taken", f"client id {client_id!r} belongs to another user; {channel.peer} refused")
+                channel.refuse(0x85)
+                return
+            if session.channel is not None:
+                if not self._may_take_over(client_id):
+                    channel.refuse(0x9F)
+                    return
+                session.channel.disconnect(0x8E)  # [MQTT-3.1.4-3]
+                session = self.sessions.get(client_id)
+        if session is not None and session.ends_at and session.ends_at <= core.now:
+            self.end_session(session)
+            session = None
+        will = connect.will
+        if will is not None and not self._may_will(channel, principal, will):
+            return
+        if session is not None and connect.clean_start and session.spec is None:  # [MQTT-3.1.2-4]
+            self.end_session(session)
+            session = None
+        present = session is not None
+        if session is None:
+            session = Session(client_id, core)
+            session.owner = principal.username
+            self.sessions[client_id] = session
+        self._cancel(session)
+        if v5:
+            wanted = props.session_expiry_interval if props is not None else None
+            expiry = float(wanted or 0)
+        else:
+            wanted = None
+            expiry = 0.0 if connect.clean_start else limits.session_expiry
+        if session.spec is not None:
+            expiry = float(NEVER)
+        elif expiry > limits.session_expiry and not principal.privileged:
+            expiry = limits.session_expiry
+        session.expiry = expiry
+        session.persistent = expiry > 0
+        session.ends_at = 0.0
+        keep_alive = connect.keep_alive
+        server_keep_alive = None
+        if limits.max_keepalive and (keep_alive == 0 or keep_alive > limits.max_keepalive):
+            if limits.max_keepalive < 65535 and not principal.privileged:
+                keep_alive = int(limits.max_keepalive) if keep_alive or limits.max_keepalive < 65535 else 0
+                server_keep_alive = keep_alive  # [MQTT-3.2.2-21]
+        channel.keep_alive = keep_alive * 1.5  # [MQTT-3.1.2-22]
+        session.window = limits.max_inflight
+        session.max_packet = 268_435_460
+        alias_out = 0
+        if props is not None:
+            if props.receive_maximum is not None:
+                session.window = props.receive_maximum  # [MQTT-3.3.4-9]
+            if props.maximum_packet_size is not None:
+                session.max_packet = props.maximum_packet_size
+            if props.topic_alias_maximum is not None:
+                alias_out = min(props.topic_alias_maximum, limits.topic_alias_maximum)
+        session.alias_maximum = alias_out
+        session.principal = principal
+        session.origin = principal.origin
+        special = alias_out > 0 or principal.privileged
+        if special != session.special:
+            session.special = special
+            for subscription in session.subscriptions or ():
+                self.router.touch(subscription.filter)
+        channel.principal = principal
+        channel.receive_maximum = limits.receive_maximum if not principal.privileged else 65535
+        channel.alias_maximum = limits.topic_alias_maximum if v5 else 0
+        channel.session = session
+        channel.origin = Origin(
+            client_id, principal.username, channel.peerhost, principal.origin, principal, core.node
+        )
+        if will is not None:
+            expires = 0.0
+            forward = b""
+            if will.properties is not None:
+                forward = will.properties.forward
+                session.will_delay = float(will.properties.will_delay_interval or 0)
+                if will.properties.message_expiry_interval is not None:
+                    expires = float(will.properties.message_expiry_interval)
+            session.will = Message(will.topic, will.payload, will.qos, will.retain, forward, expires, channel.origin)
+        channel.state = LIVE
+        self.connected += 1
+        if keep_alive:
+            self.wheel.put(channel, core.now + channel.keep_alive)
+        else:
+            self.wheel.remove(channel)
+        answer = self._connack_properties(channel, connect, client_id if assigned else None, wanted, expiry, server_keep_alive)
+        channel.outbox.push(packets.encode_connack(channel.version, present, 0, answer))  # [MQTT-3.2.2-2]
+        session.attach(channel, channel.outbox, v5)
+        session.resume()
+        if self.on_connected is not None:
+            self.on_connected(channel)
+
+    def _connack_properties(
+        self, channel: Channel, connect: Any, assigned: str | None, wanted: int | None, expiry: float, keep_alive: int | None
+    ) -> Properties | None:
+        if not channel.v5:
+            return None
+        limits = self.core.limits
+        answer = Properties()
+        answer.receive_maximum = channel.receive_maximum if channel.receive_maximum != 65535 else None
+        answer.maximum_packet_size = channel.max_packet
+        answer.topic_alias_maximum = limits.topic_alias_maximum or None
+        answer.assigned_client_identifier = assigned
+        if wanted is not None and float(wanted) != expiry:
+            answer.session_expiry_interval = int(min(expiry, NEVER))
+        answer.server_keep_alive = keep_alive
+        return answer
+
+    def _may_take_over(self, client_id: str) -> bool:
+        second = int(self.core.now)
+        at, count = self._takeovers.get(client_id, (second, 0))
+        count = count + 1 if at == second else 1
+        self._takeovers[client_id] = (second, count)
+        if count > self.core.limits.takeover_rate > 0:
+            self.core.count("takeover_refused")
+            return False
+        return True
+
+    def _may_will(self, channel: Channel, principal: Any, will: Any) -> bool:
+        if will.topic[0] == 36 and not principal.privileged:
+            channel.refuse(0x87)
+            return False
+        if not principal.privileged and not self.gate.may_publish(principal, will.topic.decode()):
+            self.core.drop("unauthorized")
+            channel.refuse(0x87)
+            return False
+        return True
+
+    def closed(self, channel: Channel, state: int) -> None:
+        """A channel ended: detach its session, publish or schedule the will, start the session's expiry."""
+        self.channels.discard(channel)
+        self.holding.discard(channel)
+        self.core.stalled.discard(channel)
+        self.wheel.remove(channel)
+        if state == AUTHENTICATING:
+            self.gate.cancel(channel)
+        session = channel.session
+        if session is None or session.channel is not channel:
+            return
+        self.connected -= 1
+        session.detach()
+        if channel.graceful:
+            session.will = None  # [MQTT-3.14.4-3]
+        shared = session.take_shared()
+        for entry in shared:
+            if entry[5] is None or not entry[5].again(entry, session):
+                if session.persistent:
+                    session.offer(entry[0], entry[1], entry[2], entry[3], None, entry[5])
+                    if entry[4] is not None:
+                        entry[4].release()
+        if session.will is not None:
+            delay = min(session.will_delay, session.expiry) if session.persistent else 0.0
+            if delay > 0:
+                self._timer(session, "will", self.core.now + delay, lambda: self.publish_will(session))
+            else:
+                self.publish_will(session)
+        if not session.persistent:
+            self.end_session(session)
+        elif session.expiry < NEVER and session.spec is None:
+            session.ends_at = self.core.now + session.expiry
+            self._timer(session, "expiry", session.ends_at, lambda: self.end_session(session))
+        if self.on_disconnected is not None:
+            self.on_disconnected(channel)
+
+    def _timer(self, session: Session, name: str, when: float, action: Callable[[], None]) -> None:
+        if session.timers is None:
+            session.timers = {}
+        old = session.timers.get(name)
+        if old is not None:
+            old.cancel()
+        session.timers[name] = self.timers.at(when, action)
+
+    def _cancel(self, session: Session) -> None:
+        for timer in (session.timers or {}).values():
+            timer.cancel()
+        session.timers = None
+        session.will = None
+        session.will_delay = 0.0
+
+    def set_expiry(self, session: Session, seconds: int) -> None:
+        """DISCONNECT changed the session's expiry."""
+        session.expiry = min(float(seconds), self.core.limits.session_expiry)
+        session.persistent = session.expiry > 0
+
+    def publish_will(self, session: Session) -> None:
+        """Publish the session's will if its user still may. [MQTT-3.1.2-8]"""
+        will = session.will
+        session.will = None
+        if will is None:
+            return
+        if will.expires:
+            will.expires += self.core.now
+        if not will.origin.principal.privileged and not self.gate.may_publish(will.origin.principal, will.topic.decode()):
+            self.core.drop("unauthorized")
+            return
+        self.publish(will, session)
+
+    def end_session(self, session: Session) -> None:
+        """Forget a session with everything it holds; a will still waiting is published now. [MQTT-3.1.2-23]"""
+        if self.sessions.get(session.client_id) is not session:
+            return
+        del self.sessions[session.client_id]
+        will = session.will
+        for timer in (session.timers or {}).values():
+            timer.cancel()
+        session.timers = None
+        for subscription in session.subscriptions or ():
+            self._drop_subscription(subscription)
+        session.subscriptions = None
+        for entry in session.queue or ():
+            if entry[4] is not None:
+                entry[4].release()
+        if session.inflight is not None:
+            for entry in session.inflight.entries():
+                if entry[4] is not None and entry[4][0] is not None:
+                    entry[4][0].release()
+        session.queue = None
+        session.queue_bytes = 0
+        session.inflight = None
+        session.rights = None
+        if will is not None:
+            self.publish_will(session)
+
+    # publishing -----------------------------------------------------------------------------------------------
+
+    def publish(self, message: Message, publisher: Any = None) -> int:
+        """Route a message of the broker itself (a will, $SYS, a REST call). Returns the number of receivers."""
+        entry = self.router.entry(message.topic)
+        route = entry.route or self.router.fill(entry)
+        if message.expires and message.expires <= self.core.now:
+            return 0
+        if message.retain:
+            self.retain(message)
+        if route.guarded and self.router.room(route, message) != DONE:
+            self.core.drop("queue_full")
+            return 0
+        return self.router.publish(route, message, publisher, None)
+
+    def retain(self, message: Message) -> bool:
+        """Store or clear (empty payload) the retained message of a topic; False when a limit forbids it."""
+        if not message.payload:
+            self.retained_store.clear(message.topic)  # [MQTT-3.3.1-6]
+            return True
+        if self.retained_store.store(message):  # [MQTT-3.3.1-5]
+            return True
+        self.core.drop("retained_full")
+        return False
+
+    def wait_for_room(self, channel: Channel, route: Route, message: Message) -> None:
+        """A publisher into a queue with `overflow = "block"`: its channel goes on when the queue has room."""
+        for target in route.targets:
+            receiver = target.receiver
+            if receiver.durable and receiver.refuses(message.size) != DONE and isinstance(receiver, Session):
+                if receiver.blocked is None:
+                    receiver.blocked = []
+                receiver.blocked.append(channel)
+                return
+        for group in route.groups:
+            if group.durable and group.refuses(message) != DONE:
+                lane = group.pick(message).receiver
+                if lane.blocked is None:
+                    lane.blocked = []
+                lane.blocked.append(channel)
+                return
+        channel.core.flusher.call_soon(channel.resume_parse)
+
+    # subscriptions --------------------------------------------------------------------------------------------
+
+    def subscribe(self, channel: Channel, session: Session, packet: Any) -> tuple[list[int], list[Any]]:
+        """Handle SUBSCRIBE: the codes for SUBACK and the retained messages to send after it."""
+        props: Properties | None = packet.properties
+        ident = props.subscription_identifiers[0] if props is not None and props.subscription_identifiers else 0
+        codes: list[int] = []
+        retained: list[Any] = []
+        for filter, options in packet.filters:
+            code, sent = self._subscribe_one(channel, session, filter, options, ident)
+            codes.append(code)
+            retained.extend(sent)
+        return codes, retained
+
+    def _subscribe_one(
+        self, channel: Channel, session: Session, filter: bytes, options: int, ident: int
+    ) -> tuple[int, list[Any]]:
+        limits = self.core.limits
+        v5 = channel.v5
+        qos = options & 3
+        no_local = bool(options & 4)
+        rap = bool(options & 8)
+        handling = options >> 4 & 3
+        group: ShareGroup | None = None
+        key: tuple[bytes, bytes] | None = None
+        target = filter
+        if filter.startswith(b"$share/") or filter == b"$share":
+            parts = topics.split_share(filter)
+            if parts is None:
+                return (0x8F if v5 else 0x80), []
+            if no_local:
+                raise ProtocolError(0x82, "No Local on a shared subscription")  # [MQTT-3.8.3-4]
+            key = parts
+            target = parts[1]
+        if not topics.valid_filter(target):
+            if not v5:
+                raise ProtocolError(0x81, "a topic filter is not valid")
+            return 0x8F, []
+        if topics.levels(target) > limits.max_topic_levels or len(target) > limits.max_topic_length:
+            return (0x8F if v5 else 0x80), []
+        if not channel.principal.privileged and not self.gate.may_subscribe(channel.principal, target.decode()):
+            self.core.count("subscribe_denied")
+            return (0x87 if v5 else 0x80), []
+        old = self._find(session, filter)
+        if old is None and len(session.subscriptions or ()) >= limits.max_subscriptions and session.spec is None:
+            return (0x97 if v5 else 0x80), []
+        if key is not None:
+            group = self.groups.get(key)
+            if group is None:
+                group = ShareGroup(key[0], key[1], limits.shared_strategy, self._may_receive)
+                self.groups[key] = group
+        if old is not None:
+            self._drop_subscription(old)  # [MQTT-3.8.4-3]
+            if session.subscriptions is not None:
+                session.subscriptions.remove(old)
+            if key is not None and key not in self.groups and group is not None:
+                self.groups[key] = group
+        subscription = Subscription(session, target, qos, no_local, rap, ident, group)
+        if session.subscriptions is None:
+            session.subscriptions = []
+        session.subscriptions.append(subscription)
+        if group is not None:
+            if not group.members:
+                self.router.add(Subscription(session, target, qos, False, False, 0, group))
+            group.join(subscription)
+            self.router.touch(target)
+            return qos, []
+        self.router.add(subscription)
+        if handling == 2 or (handling == 1 and old is not None):  # [MQTT-3.3.1-10] [MQTT-3.3.1-11]
+            return qos, []
+        if channel.connect is not None and channel.connect.bridge and old is not None:
+            return qos, []
+        return qos, self._retained_for(session, target, qos, (ident,) if ident else None)
+
+    def _retained_for(self, session: Session, filter: bytes, qos: int, idents: Any) -> list[Any]:
+        found = []
+        principal = session.principal
+        check_source = self.core.limits.check_retain_source
+        for message in self.retained_store.matching(filter, self.core.now):
+            name = message.topic.decode()
+            if principal is not None and not self._may_receive(principal, name):
+                continue
+            source = message.origin.principal if message.origin is not None else None
+            if check_source and source is not None and not source.privileged:
+                if not self.gate.may_publish(source, name):
+                    continue
+            found.append((message, min(message.qos, qos), idents))
+        return found
+
+    def _find(self, session: Session, filter: bytes) -> Subscription | None:
+        for subscription in session.subscriptions or ():
+            if self._filter_of(subscription) == filter:
+                return subscription
+        return None
+
+    @staticmethod
+    def _filter_of(subscription: Subscription) -> bytes:
+        """The filter as the client wrote it."""
+        group = subscription.group
+        if isinstance(group, ShareGroup):
+            return b"$share/" + group.name + b"/" + subscription.filter
+        return subscription.filter
+
+    def _drop_subscription(self, subscription: Subscription) -> None:
+        group = subscription.group
+        if group is None:
+            self.router.remove(subscription)
+            return
+        if not isinstance(group, ShareGroup):
+            return
+        group.leave(subscription.receiver)
+        self.router.touch(subscription.filter)
+        if not group.members:
+            self.groups.pop((group.name, group.filter), None)
+            for found in self.router.matching_filter(subscription.filter):
+                if found.group is group:
+                    self.router.remove(found)
+                    break
+
+    def unsubscribe(self, session: Session, filters: Iterable[bytes]) -> list[int]:
+        """Handle UNSUBSCRIBE: one code per filter. What is in flight finishes, what only queues is dropped."""
+        codes = []
+        changed = False
+        for filter in filters:
+            found = self._find(session, filter)
+            if found is None or session.subscriptions is None:
+                codes.append(0x11)
+                continue
+            session.subscriptions.remove(found)
+            self._drop_subscription(found)
+            codes.append(0)
+            changed = True
+        if not session.subscriptions:
+            session.subscriptions = None
+        if changed and session.queue is not None:
+            kept = [s.filter for s in session.subscriptions or ()]
+            session.purge(lambda topic: any(topics.matches(f, topic) for f in kept))
+        return codes
+
+    # rights ---------------------------------------------------------------------------------------------------
+
+    def rights_changed(self, client_id: str | None = None) -> None:
+        """Forget cached rights of one session (None: of all) and end subscriptions that are no longer allowed."""
+        if client_id is None:
+            sessions = list(self.sessions.values())
+            self.router.forget_all()
+        else:
+            session = self.sessions.get(client_id)
+            sessions = [session] if session is not None else []
+            for session in sessions:
+                self.router.forget(session)
+        for session in sessions:
+            session.rights = None
+            if session.channel is not None:
+                session.channel.memo_entry = None
+            principal = session.principal
+            if principal is None or principal.privileged:
+                continue
+            for subscription in list(session.subscriptions or ()):
+                if not self.gate.may_subscribe(principal, subscription.filter.decode()) and session.subscriptions:
+                    session.subscriptions.remove(subscription)
+                    self._drop_subscription(subscription)
+                    self.core.count("subscription_revoked")
+            session.purge(lambda topic, who=principal: self._may_receive(who, topic.decode()))
+
+    def kick(self, client_id: str, code: int = 0x98) -> bool:
+        """Close a client's connection; False when it has none."""
+        session = self.sessions.get(client_id)
+        if session is None or session.channel is None:
+            return False
+        session.channel.disconnect(code)
+        return True
+
+    # time -----------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float, wall_ms: int) -> None:
+        """Advance the clock: keep-alives, deadlines, delayed wills, expiries. Called about four times a second."""
+        core = self.core
+        core.set_clock(now, wall_ms)
+        for channel in self.wheel.due(now):
+            try:
+                self._look_at(channel, now)
+            except Exception as error:
+                self._failed(error)
+        for channel in list(core.stalled):
+            if channel.deadline <= now:
+                core.count("stalled")
+                self.report("stalled", f"client {channel.client_id!r} from {channel.peer} reads nothing; closed")
+                channel.disconnect(0x83)
+        for channel in list(self.holding):
+            self._look_at_held(channel, now)
+        self.timers.run(now, self._failed)
+        if now >= self._next_sweep:
+            self._next_sweep = now + 60.0
+            self.retained_store.expire(now)
+            second = int(now)
+            self._takeovers = {k: v for k, v in self._takeovers.items() if v[0] >= second - 1}
+
+    def _failed(self, error: Exception) -> None:
+        log.error("a timer of the engine failed; the others go on", exc_info=error)
+        self.core.count("internal_error")
+
+    def _look_at(self, channel: Channel, now: float) -> None:
+        if channel.state != LIVE:
+            if now >= channel.deadline:
+                self.core.count("connect_timeout")
+                channel.refuse_late()
+            else:
+                self.wheel.put(channel, channel.deadline)
+            return
+        if channel.suspended or channel.paused:
+            channel.last_read = now
+        due = channel.last_read + channel.keep_alive
+        if now >= due:
+            self.core.count("keep_alive_timeout")
+            channel.disconnect(0x8D)  # [MQTT-3.1.2-22]
+        else:
+            self.wheel.put(channel, due)
+
+    def _look_at_held(self, channel: Channel, now: float) -> None:
+        held = channel.held
+        while held:
+            _, hold, since = held[0]
+            if hold is None or hold.owner is None or since + self.core.limits.ack_timeout > now:
+                return
+            self.core.count("ack_timeout")
+            hold.fail(0x83)
+            held = channel.held
+
+    # instances ------------------------------------------------------------------------------------------------
+
+    def ensure_instance(self, name: str, spec: Any, order_key: Callable[[Message], str] | None = None) -> None:
+        """Create or change the durable sessions of a sink or bridge: before anything can be published to them."""
+        principal = InternalPrincipal(f"{RESERVED}{name}", f"{RESERVED}{name}", name)
+        lanes = [self._ensure_session(f"{RESERVED}{name}/{n}", spec, principal, True) for n in range(spec.lanes)]
+        self._ensure_session(f"{RESERVED}{name}/in", spec, principal, False)
+        wanted = {f.encode(): qos for f, qos in spec.filters}
+        for session in lanes:
+            for subscription in list(session.subscriptions or ()):
+                self._remove_lane_subscription(session, subscription)
+        n = spec.lanes
+        while f"{RESERVED}{name}/{n}" in self.sessions:
+            extra = self.sessions[f"{RESERVED}{name}/{n}"]
+            for subscription in list(extra.subscriptions or ()):
+                self._remove_lane_subscription(extra, subscription)
+            n += 1
+        for filter, qos in wanted.items():
+            members = [Subscription(s, filter, qos, False, spec.retain_as_published, 0) for s in lanes]
+            if spec.lanes > 1 and order_key is not None:
+                group = Lanes(members, order_key, self._may_receive)
+                for member in members:
+                    member.group = group
+                self.router.add(members[0])
+            else:
+                self.router.add(members[0])
+            for session, member in zip(lanes, members, strict=True):
+                if session.subscriptions is None:
+                    session.subscriptions = []
+                session.subscriptions.append(member)
+                if spec.retained == "always" or (spec.retained == "new" and session.created == self.core.now):
+                    for message, level, idents in self._retained_for(session, filter, qos, None):
+                        session.offer(message, level, True, idents, None, None)
+        self.router.forget_all()
+
+    def _remove_lane_subscription(self, session: Session, subscription: Subscription) -> None:
+        if session.subscriptions is not None:
+            session.subscriptions.remove(subscription)
+        self.router.remove(subscription)
+
+    def _ensure_session(self, client_id: str, spec: Any, principal: Any, durable: bool) -> Session:
+        session = self.sessions.get(client_id)
+        if session is None:
+            session = Session(client_id, self.core)
+            self.sessions[client_id] = session
+            session.window = 65535
+        session.spec = spec
+        session.owner = principal.username
+        session.principal = principal
+        session.origin = principal.origin
+        session.persistent = True
+        session.special = True
+        session.durable = durable
+        session.expiry = float(NEVER)
+        return session
+
+    def remove_instance(self, name: str) -> int:
+        """End the subscriptions of an instance; returns how many messages stay behind as an orphan queue."""
+        left = 0
+        for session in self.instance_sessions(name):
+            for subscription in list(session.subscriptions or ()):
+                self._remove_lane_subscription(session, subscription)
+            left += session.queued
+            if session.channel is not None:
+                session.channel.disconnect(0x98)
+            if not session.queued:
+                self.end_session(session)
+        self.router.forget_all()
+        return left
+
+    def instance_sessions(self, name: str) -> list[Session]:
+        """The lanes (and the publishing session) of an instance."""
+        prefix = f"{RESERVED}{name}/"
+        return [s for c, s in list(self.sessions.items()) if c.startswith(prefix)]
+
+    def drop_queue(self, name: str) -> int:
+        """Delete what queues for an instance; returns how many messages."""
+        count = 0
+        for session in self.instance_sessions(name):
+            count += session.queued
+            session.purge(lambda topic: False)
+            if not session.subscriptions:
+                self.end_session(session)
+        return count

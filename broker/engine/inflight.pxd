@@ -1,0 +1,28 @@
+cimport cython
+
+
+@cython.final
+cdef class Inflight:
+    cdef public int count
+    cdef public int mask
+    cdef public int next_id
+    cdef public bytearray states
+    cdef public bytearray high
+    cdef public bytearray low
+    cdef public list heads
+    cdef public list bodies
+    cdef public list refs
+
+    @cython.locals(ident=int, slot=int)
+    cpdef int add(self, bytes head, bytes body, int qos) except -1
+    @cython.locals(slot=int)
+    cpdef put(self, int ident, int state, bytes head, bytes body, object ref=*)
+    @cython.locals(slot=int)
+    cpdef int state(self, int ident) except -1
+    @cython.locals(slot=int)
+    cpdef release(self, int ident)
+    @cython.locals(slot=int)
+    cpdef remove(self, int ident)
+    cpdef attach(self, int ident, object ref)
+    cpdef list entries(self)
+    cpdef _grow(self)

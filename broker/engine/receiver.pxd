@@ -1,0 +1,46 @@
+cimport cython
+from broker.engine.message cimport Message
+from broker.engine.outbox cimport Outbox
+
+
+cdef class Hold:
+    cdef public object owner
+    cdef public int count
+    cdef public int code
+    cdef public bint done
+
+
+cdef class Receiver:
+    cdef public str client_id
+    cdef public Outbox outbox
+    cdef public bint v5
+    cdef public bint special
+    cdef public bint durable
+    cdef public Py_ssize_t max_packet
+    cdef public object origin
+    cdef public object principal
+    cdef object __weakref__
+
+    cpdef int deliver(self, Message message, Target target, Hold hold) except -1
+    cpdef int refuses(self, Py_ssize_t size) except -1
+
+
+@cython.final
+cdef class Subscription:
+    cdef public Receiver receiver
+    cdef public bytes filter
+    cdef public int qos
+    cdef public bint no_local
+    cdef public bint rap
+    cdef public int ident
+    cdef public object group
+
+
+@cython.final
+cdef class Target:
+    cdef public Receiver receiver
+    cdef public int qos
+    cdef public bint no_local
+    cdef public bint rap
+    cdef public tuple idents
+    cdef public object group

@@ -1,0 +1,135 @@
+"""Retained messages: one per topic, found again by filter. MQTT 5 section 3.3.1.3."""
+
+from typing import Any
+
+from broker.engine.message import Message
+
+FIXED = 300
+"""Bytes one retained message costs besides topic, payload and properties."""
+
+
+class _Node:
+    __slots__ = ("children", "message")
+
+    def __init__(self) -> None:
+        self.children: dict[bytes, _Node] | None = None
+        self.message: Message | None = None
+
+
+class Retained:
+    """The store of retained messages, bounded in number and bytes."""
+
+    def __init__(self, max_messages: int, max_bytes: int) -> None:
+        self.max_messages = max_messages
+        self.max_bytes = max_bytes
+        self.count = 0
+        self.bytes = 0
+        self._root = _Node()
+
+    def store(self, message: Message) -> bool:
+        """Keep the message in place of the topic's older one; False when a limit forbids it."""
+        size = message.size + FIXED
+        old = self.get(message.topic)
+        freed = old.size + FIXED if old is not None else 0
+        if old is None and self.count >= self.max_messages:
+            return False
+        if self.bytes - freed + size > self.max_bytes:
+            return False
+        node = self._root
+        for level in message.topic.split(b"/"):
+            if node.children is None:
+                node.children = {}
+            child = node.children.get(level)
+            if child is None:
+                child = node.children[level] = _Node()
+            node = child
+        node.message = message
+        self.count += 0 if old is not None else 1
+        self.bytes += size - freed
+        return True
+
+    def get(self, topic: bytes) -> Message | None:
+        """The topic's retained message."""
+        node: _Node | None = self._root
+        for level in topic.split(b"/"):
+            if node is None or node.children is None:
+                return None
+            node = node.children.get(level)
+        return node.message if node is not None else None
+
+    def clear(self, topic: bytes) -> bool:
+        """Remove the topic's retained message and the levels only it needed."""  # [MQTT-3.3.1-6]
+        node = self._root
+        path: list[tuple[_Node, bytes]] = []
+        for level in topic.split(b"/"):
+            child = node.children.get(level) if node.children is not None else None
+            if child is None:
+                return False
+            path.append((node, level))
+            node = child
+        if node.message is None:
+            return False
+        self.count -= 1
+        self.bytes -= node.message.size + FIXED
+        node.message = None
+        while path and node.message is None and not node.children:
+            node, level = path.pop()
+            if node.children is not None:
+                del node.children[level]
+                if not node.children:
+                    node.children = None
+        return True
+
+    def matching(self, filter: bytes, now: float) -> list[Message]:
+        """The unexpired messages a filter covers, in no particular order; expired ones on the way are removed."""
+        found: list[Message] = []
+        stale: list[bytes] = []
+        parts = filter.split(b"/")
+        stack: list[tuple[_Node, int]] = [(self._root, 0)]
+        while stack:
+            node, level = stack.pop()
+            if level == len(parts) or parts[level] == b"#":
+                self._take(node, now, found, stale)
+                if level == len(parts):
+                    continue
+            children = node.children
+            part = parts[level]
+            if part == b"#":
+                for name, child in (children or {}).items():
+                    if level or not name.startswith(b"$"):  # [MQTT-4.7.2-1]
+                        stack.append((child, level))
+            elif part == b"+":
+                for name, child in (children or {}).items():
+                    if level or not name.startswith(b"$"):
+                        stack.append((child, level + 1))
+            elif children is not None and part in children:
+                stack.append((children[part], level + 1))
+        for topic in stale:
+            self.clear(topic)
+        return found
+
+    def _take(self, node: _Node, now: float, found: list[Message], stale: list[bytes]) -> None:
+        message = node.message
+        if message is None:
+            return
+        if message.expires and message.expires <= now:
+            stale.append(message.topic)
+        else:
+            found.append(message)
+
+    def expire(self, now: float) -> int:
+        """Remove every expired message; returns how many."""
+        before = self.count
+        self.matching(b"#", now)
+        return before - self.count
+
+    def all(self) -> list[Any]:
+        """Every message, those of `$` topics included."""
+        found: list[Any] = []
+        stack = [self._root]
+        while stack:
+            node = stack.pop()
+            if node.message is not None:
+                found.append(node.message)
+            stack.extend((node.children or {}).values())
+        return found

@@ -1,0 +1,56 @@
+cimport cython
+from broker.engine.core cimport Core
+from broker.engine.inflight cimport Inflight
+from broker.engine.message cimport Message, encode_head
+from broker.engine.outbox cimport Outbox
+from broker.engine.receiver cimport Hold, Receiver, Subscription, Target
+
+
+cdef class Session(Receiver):
+    cdef public Core core
+    cdef public object owner
+    cdef public object channel
+    cdef public list subscriptions
+    cdef public Inflight inflight
+    cdef public object queue
+    cdef public Py_ssize_t queue_bytes
+    cdef public int window
+    cdef public bytearray received
+    cdef public int received_count
+    cdef public bint persistent
+    cdef public double expiry
+    cdef public double ends_at
+    cdef public dict rights
+    cdef public int alias_maximum
+    cdef public dict aliases
+    cdef public bint encoded5
+    cdef public object spec
+    cdef public list blocked
+    cdef public object retained
+    cdef public object will
+    cdef public double will_delay
+    cdef public dict timers
+    cdef public double created
+    cdef public long long acked
+    cdef public dict dropped
+
+    @cython.locals(qos=int)
+    cpdef int deliver(self, Message message, Target target, Hold hold) except -1
+    @cython.locals(box=Outbox, packet=bytes)
+    cpdef int offer(self, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
+    cpdef int refuses(self, Py_ssize_t size) except -1
+    @cython.locals(inflight=Inflight, head=bytes, body=bytes, ident=int)
+    cpdef int _send(self, Outbox box, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
+    cpdef int _enqueue(self, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
+    cpdef drain(self)
+    cpdef _send_retained(self, Outbox box)
+    @cython.locals(inflight=Inflight, state=int)
+    cpdef int on_puback(self, int ident) except -1
+    @cython.locals(inflight=Inflight, state=int)
+    cpdef int on_pubrec(self, int ident, int code) except -1
+    @cython.locals(inflight=Inflight, state=int)
+    cpdef int on_pubcomp(self, int ident) except -1
+    @cython.locals(received=bytearray)
+    cpdef bint seen(self, int ident) except -1
+    cpdef remember(self, int ident)
+    cpdef bint forget(self, int ident) except -1

@@ -1,0 +1,129 @@
+"""What a sink implements and what it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from broker.config.types import Duration, Size
+from broker.extend.registry import InstanceConfig
+from broker.extend.session import Ack, Overflow, SessionSpec
+
+
+class Queue(BaseModel):
+    """`queue = { … }`: the durable session's limits."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    max_bytes: Size = 1 << 30
+    """Bytes the queue may hold before `overflow` decides."""
+    overflow: Overflow = "reject"
+    """What happens to a message that does not fit: reject | block | drop_oldest | drop_newest."""
+
+
+class Batch(BaseModel):
+    """`batch = { … }`: how many records go to the destination at once."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    max_records: int = Field(default=5_000, ge=1, le=1_000_000)
+    """Records in one batch at most."""
+    max_bytes: Size = 896 * 1024
+    """Bytes (topics and payloads) in one batch at most."""
+    linger: Duration = 0.005
+    """Seconds a batch waits for more records before it is sent."""
+
+
+class SinkConfig(InstanceConfig):
+    """What every `[sinks.*]` table understands besides its own keys."""
+
+    filters: tuple[str, ...] = Field(min_length=1)
+    """MQTT topic filters of the messages to take."""
+    ack: Ack = "spool"
+    """When the publisher's acknowledgement is sent: accept | spool | delivered."""
+    queue: Queue = Queue()
+    """Limits of the durable queue that feeds this sink."""
+    lanes: int = Field(default=1, ge=1, le=64)
+    """Parallel sessions; order is kept per `order_key`."""
+    order_key: str = "${clientid}"
+    """Template whose value decides the lane of a message."""
+    batch: Batch = Batch()
+    """How records are grouped on their way out."""
+    retained: bool = False
+    """Whether retained messages are taken when the subscription is made."""
+    worker: str = ""
+    """Name of the worker process that runs this instance; empty: any."""
+
+    def session(self) -> SessionSpec:
+        """The durable session the broker keeps for this instance."""
+        return SessionSpec(
+            filters=tuple((f, 2) for f in self.filters),
+            lanes=self.lanes,
+            order_key=self.order_key,
+            ack=self.ack,
+            retained="always" if self.retained else "never",
+            max_bytes=self.queue.max_bytes,
+            overflow=self.queue.overflow,
+        )
+
+
+@dataclass(slots=True)
+class Record:
+    """One message on its way into a sink. Values are what the broker vouches for (or None from a foreign broker)."""
+
+    topic: str
+    payload: bytes
+    qos: int = 0
+    """QoS of the publisher, not of the delivery."""
+    retain: bool = False
+    clientid: str | None = None
+    username: str | None = None
+    peerhost: str | None = None
+    msgid: str | None = None
+    """32 hex digits, sortable by time, the same on every redelivery."""
+    ts: int = 0
+    """Milliseconds since 1970 when the broker took the message."""
+    content_type: str | None = None
+    response_topic: str | None = None
+    correlation_data: bytes | None = None
+    user_properties: list[tuple[str, str]] = field(default_factory=list)
+    node: str | None = None
+
+
+class NotConnected(ConnectionError):
+    """The destination cannot be reached or asks to come back later; the same batch is sent again."""
+
+
+class Fatal(Exception):
+    """The destination refuses this configuration (credentials, missing topic or table); the sink pauses and probes."""
+
+
+class BatchFailed(Exception):
+    """Some records can never be stored.
+
+    `failed` maps the position in the batch to the reason; every other record **is stored** when this is raised.
+    """
+
+    def __init__(self, failed: dict[int, str]) -> None:
+        super().__init__(f"{len(failed)} records refused: {next(iter(failed.values()), '')}")
+        self.failed = failed
+
+
+class Sink(Protocol):
+    """Called by one worker task per lane; `write` never runs twice at once for the same lane."""
+
+    async def write(self, batch: Sequence[Record]) -> None:
+        """Returning means stored. Raises NotConnected (batch is retried), BatchFailed (those go to the dead
+        letters) or Fatal (the sink pauses and probes)."""
+
+    async def check(self) -> None:
+        """One real round trip; raises NotConnected or Fatal."""
+
+    async def close(self) -> None:
+        """Also works after a half-finished opening; never takes more than five seconds."""
+
+
+Outcome = Literal["ok", "retry", "dead"]

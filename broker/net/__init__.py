@@ -1,0 +1,1 @@
+"""Listeners and connections: TCP, TLS, WebSocket, Unix sockets."""

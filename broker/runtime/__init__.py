@@ -1,0 +1,1 @@
+"""Life of anything long-lived: logs, back-off, supervision, the worker process."""

@@ -1,0 +1,1 @@
+"""Backends that carry messages into other systems; one file each."""

@@ -1,0 +1,262 @@
+"""Rows of a table in an SQLite file: telemetry anyone can query, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sqlite3
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import Field, field_validator
+
+from broker.config.template import Template
+from broker.config.types import ConfigPath, Duration
+from broker.extend.record import RecordTemplate, Render, compile_template
+from broker.extend.registry import Backend
+from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record, SinkConfig
+
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+_INTEGERS = {"ts", "qos", "retain"}
+_ANY_TYPE = {"payload", "correlation_data"}  # stored as what it is: TEXT, BLOB, INTEGER, REAL
+_CLOSE_WITHIN = 4.0
+
+_LATER = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_SCHEMA,
+}  # fmt: skip
+_POISON = {sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
+
+Row = tuple[Any, ...]
+
+
+class SqliteConfig(SinkConfig):
+    """`[sinks.sqlite]`"""
+
+    path: ConfigPath
+    """The database file; it is created, with its folder, when the first record is written."""
+    table: str = "messages"
+    """The table; created from `columns` if it is not there."""
+    columns: dict[str, RecordTemplate] = Field(
+        min_length=1,
+        default={
+            name: Template(f"${{{value}}}")
+            for name, value in {"msgid": "msgid", "time": "ts", "clientid": "clientid", "username": "username",
+                                "topic": "topic", "payload": "payload"}.items()
+        },
+    )  # fmt: skip
+    """Column -> template of its value. The column that is exactly `${msgid}` is the primary key: a record that is
+    delivered twice is stored once. Without one, it may be stored twice."""
+    busy_timeout: Duration = 5.0
+    """Seconds to wait for another process that is writing to the file."""
+
+    @field_validator("table")
+    @classmethod
+    def _table_is_identifier(cls, table: str) -> str:
+        return _identifier(table)
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_identifiers(cls, columns: dict[str, Template]) -> dict[str, Template]:
+        if len({_identifier(name).lower() for name in columns}) < len(columns):
+            raise ValueError("two columns differ only in upper and lower case, which SQLite takes for the same")
+        return columns
+
+
+class Sqlite:
+    """One connection in one thread. The file is opened by the first write and again after every failure."""
+
+    def __init__(self, config: SqliteConfig) -> None:
+        self._config = config
+        self._renders: list[Render] = [compile_template(template) for template in config.columns.values()]
+        self._key = next((name for name, template in config.columns.items() if template.text == "${msgid}"), None)
+        self._insert = _insert(config.table, list(config.columns), self._key)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite-{config.name}")
+        self._db: sqlite3.Connection | None = None
+        self._inode: tuple[int, int] | None = None
+
+    async def write(self, batch: Sequence[Record]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._write, batch)
+
+    async def check(self) -> None:
+        """Changes nothing: a file that is not there yet need only be creatable."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._check)
+
+    async def close(self) -> None:
+        db = self._db
+        if db is not None:
+            with suppress(sqlite3.Error):  # closed meanwhile
+                db.interrupt()  # what is rolled back by this was not acknowledged
+        closed = asyncio.get_running_loop().run_in_executor(self._thread, self._forget)
+        await asyncio.wait([closed], timeout=_CLOSE_WITHIN)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    # in the thread
+
+    def _write(self, batch: Sequence[Record]) -> None:
+        failed: dict[int, str] = {}
+        rows: dict[int, Row] = {}
+        for position, record in enumerate(batch):
+            try:
+                rows[position] = tuple(_value(render(record)) for render in self._renders)
+            except (TypeError, ValueError) as error:
+                failed[position] = f"cannot be rendered: {error}"
+        try:
+            db = self._current() or self._open()
+            db.execute("BEGIN IMMEDIATE")
+            failed |= self._store(db, rows)
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._forget()
+            raise self._classify(error) from error
+        except BaseException:
+            self._forget()
+            raise
+        if failed:
+            raise BatchFailed(failed)
+
+    def _store(self, db: sqlite3.Connection, rows: dict[int, Row]) -> dict[int, str]:
+        """All at once; one by one when a row is refused, so that the others are stored. Answers the refused ones."""
+        try:
+            db.executemany(self._insert, rows.values())
+            return {}
+        except Exception as error:
+            if not _is_poison(error):
+                raise
+        db.execute("ROLLBACK")
+        db.execute("BEGIN IMMEDIATE")
+        refused = {}
+        for position, row in rows.items():
+            try:
+                db.execute(self._insert, row)
+            except Exception as error:
+                if not _is_poison(error):
+                    raise
+                refused[position] = f"{self._config.table}: {error}"
+        return refused
+
+    def _current(self) -> sqlite3.Connection | None:
+        """The open connection, unless somebody removed or replaced the file: rows in a removed file are lost."""
+        if self._db is not None and _inode(self._config.path) != self._inode:
+            self._forget()
+        return self._db
+
+    def _open(self) -> sqlite3.Connection:
+        path = self._config.path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NotConnected(f"cannot create the folder of {path}: {error}") from error
+        db = self._connect(f"{path.as_uri()}?mode=rwc")
+        self._db = db
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+        columns = ", ".join(_declare(name, t, name == self._key) for name, t in self._config.columns.items())
+        db.execute(f'CREATE TABLE IF NOT EXISTS "{self._config.table}" ({columns})')
+        self._verify(db)
+        self._inode = _inode(path)
+        return db
+
+    def _check(self) -> None:
+        path = self._config.path
+        if not path.exists():
+            folder = next(parent for parent in path.parents if parent.exists())
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise Fatal(f"{path} cannot be created: no permission to write into {folder}")
+            return
+        db = None
+        try:
+            db = self._connect(f"{path.as_uri()}?mode=ro")
+            self._verify(db)
+        except sqlite3.Error as error:
+            raise self._classify(error) from error
+        finally:
+            if db is not None:
+                db.close()
+        if not os.access(path, os.W_OK):
+            raise Fatal(f"no permission to write to {path}")
+
+    def _connect(self, uri: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            uri, uri=True, timeout=self._config.busy_timeout, isolation_level=None, check_same_thread=False
+        )
+
+    def _verify(self, db: sqlite3.Connection) -> None:
+        """Fatal names the first column the table lacks, or says that the key is not unique."""
+        table = self._config.table
+        there = {row[1].lower() for row in db.execute(f'PRAGMA table_info("{table}")')}
+        missing = [name for name in self._config.columns if name.lower() not in there]
+        if there and missing:
+            raise Fatal(f"table {table} in {self._config.path} has no column {missing[0]}: add it or change `columns`")
+        if there:
+            db.execute(f"EXPLAIN {self._insert}", (None,) * len(self._renders))
+
+    def _forget(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()  # rolls back what was not committed
+
+    def _classify(self, error: sqlite3.Error) -> Exception:
+        code = getattr(error, "sqlite_errorcode", 1) & 0xFF
+        if code in _LATER:
+            return NotConnected(f"{self._config.path}: {error}")
+        if "ON CONFLICT clause does not match" in str(error):
+            table, key = self._config.table, self._key
+            return Fatal(f"{key} of table {table} is not unique: CREATE UNIQUE INDEX {table}_{key} ON {table}({key})")
+        return Fatal(f"{self._config.path}: table {self._config.table}: {error}")
+
+
+async def open_sqlite(config: SqliteConfig) -> Sqlite:
+    return Sqlite(config)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _identifier(name: str) -> str:
+    if not _IDENTIFIER.fullmatch(name) or name.lower().startswith("sqlite_"):
+        raise ValueError(f"{name!r} is not a name for a table or column: letters, digits and _, at most 63")
+    return name
+
+
+def _insert(table: str, columns: list[str], key: str | None) -> str:
+    names = ", ".join(f'"{name}"' for name in columns)
+    again = f' ON CONFLICT("{key}") DO NOTHING' if key else ""  # OR IGNORE would also hide NOT NULL and CHECK
+    return f'INSERT INTO "{table}" ({names}) VALUES ({", ".join("?" * len(columns))}){again}'
+
+
+def _declare(name: str, template: Template, key: bool) -> str:
+    roots = {placeholder.split(".")[0] for placeholder in template.names}
+    single = template.text == f"${{{next(iter(template.names), '')}}}"
+    kind = "INTEGER" if single and roots <= _INTEGERS else "" if single and roots <= _ANY_TYPE else "TEXT"
+    return f'"{name}" {kind}'.strip() + (" PRIMARY KEY" if key else "")
+
+
+def _value(value: Any) -> Any:
+    """Text where the bytes are UTF-8, a BLOB where they are not; lists and objects as JSON."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    return orjson.dumps(value).decode() if isinstance(value, dict | list) else value
+
+
+def _is_poison(error: Exception) -> bool:
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", None)
+        return isinstance(error, sqlite3.DataError | sqlite3.InterfaceError) if code is None else code & 0xFF in _POISON
+    return isinstance(error, OverflowError | UnicodeError | ValueError)
+
+
+BACKEND = Backend("sinks.sqlite", SqliteConfig, open_sqlite)
