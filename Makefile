@@ -33,7 +33,7 @@ pure:  ## remove the compiled files: everything runs interpreted
 	rm -rf build/cython build/lib.* build/temp.*
 
 run: setup  ## start with the shipped conf.d on loopback, with a user to try it
-	$(BIN)/python -m tests.first_run $(ARGS)
+	$(BIN)/isthmus run $(ARGS)
 
 servers: $(STAMP)  ## install what the tests start: slapd, mosquitto, Apache Kafka; says what it does
 	$(BIN)/python -m tests.servers install
@@ -57,7 +57,7 @@ format: $(STAMP)  ## settle the layout of the code
 	$(BIN)/ruff check --fix $(CODE)
 
 demo: setup servers  ## the main job, hop by hop: LDAP login, publish, Kafka, SQLite, mosquitto and back
-	$(BIN)/python -m compose.demo
+	$(BIN)/python -m tests.system.demo
 
 bench: compile servers  ## every row of the targets beside mosquitto: ARGS="--quick --rows 1-1"
 	$(BIN)/python -m tests.benchmarks.bench $(ARGS)

@@ -23,7 +23,8 @@ MODE = os.environ.get("ISTHMUS_COMPILE", "try")
 DIRECTIVES = {
     "language_level": 3,
     "boundscheck": False,
-    "wraparound": False,
+    "wraparound": True,  # `parts[-1]` stays what it says; what is hot goes through pointers
+    "annotation_typing": False,  # types come from the .pxd alone
     "initializedcheck": False,
     "cdivision": True,
     "nonecheck": False,
@@ -96,7 +97,7 @@ class BuildPython(build_py):
         super().run()
         if self.editable_mode:
             return
-        target = Path(self.build_lib) / "broker" / "conf.d"
+        target = Path(self.build_lib) / "broker" / "defaults" / "conf.d"
         target.mkdir(parents=True, exist_ok=True)
         for fragment in sorted((HERE / "conf.d").iterdir()):
             if fragment.is_file():

@@ -8,8 +8,8 @@ import ssl
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from bridges._mqtt_link import Inlet, Link, Outlet, RemoteSide
-from bridges._mqtt_relay import Relay, Target, nothing_proven
+from bridges._mqtt_link import Again, Inlet, Link, Outlet, RemoteSide
+from bridges._mqtt_relay import Relay, Target
 from bridges._mqtt_remote import Dialect, Remote, reachable
 from bridges._mqtt_topics import Routes
 from broker.client.connection import Connection, Handler
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_PUBREL = 6
 _FOREVER = 0xFFFFFFFF  # [MQTT-3.1.2-23]
 _NO_LOCAL, _AS_PUBLISHED, _ONLY_NEW = 0x04, 0x08, 0x10
 _TICK = 1.0  # seconds between two looks at counters and clocks
@@ -41,12 +42,18 @@ class Memory:
         self.counts_out: Counter[str] = Counter()
         self.counts_in: Counter[str] = Counter()
         self.connects = 0
-        self.server: str | None = config.servers[0] if len(config.servers) == 1 else None
-        """Whose session our identifiers belong to; unknown after a start with several."""
-        self.proven_out: bytearray | None = None
-        self.proven_in: bytearray | None = None
+        only = config.servers[0] if len(config.servers) == 1 else None  # unknown after a start with several
+        self.server = only
+        """The server of the current life, or of the last one."""
+        self.inlet_of = only
+        """The server whose packet identifiers the inlet's session knows."""
+        self.outlet_of = only
+        """The server that knows the outlet's packet identifiers, or none it must not know."""
+        self.clean_inlet = config.clean_session
         self.subscribed: dict[str, int] = {}
         """What `server` has accepted."""
+        self.exactly_in = any(line.into and line.qos == 2 for line in config.topics)
+        self.exactly_out = any(line.out and line.qos == 2 for line in config.topics)
         self.start = 0
         """Position of the server to try first."""
         self.probe = _PROBE
@@ -54,17 +61,19 @@ class Memory:
         """Links that ended right behind the notification, one after the other."""
         self.last_refusal = ""
 
-    def belongs(self, url: str, present: bool, inlet_present: bool) -> None:
-        """The remote broker has accepted us: which packet identifiers may mean something else to somebody?"""
-        moved = url != self.server
-        if moved or not present:
+    def arrive(self, url: str, present: bool, inlet_present: bool) -> None:
+        """A server has accepted us and has our session, or not. Raises Again when the inlet must be begun anew first:
+        it may hold packet identifiers that mean other messages now."""
+        if url != self.server or not present:
             self.subscribed = {}
-            self.proven_in = nothing_proven() if inlet_present else None
-        if not present:
-            self.proven_out = None  # it holds nothing
-        elif moved:
-            self.proven_out = nothing_proven()
         self.server = url
+        if not present:
+            self.outlet_of = url  # it holds no identifier at all
+        if self.exactly_in and inlet_present and not self.clean_inlet and (url != self.inlet_of or not present):
+            self.clean_inlet = True
+            raise Again("the remote broker's session is not the one our inlet knows")
+        self.inlet_of = url
+        self.clean_inlet = self.config.clean_session
 
     def refuse(self, direction: str, counts: Counter[str], why: str, detail: str) -> None:
         """A message did not cross. Counted already; the operator is told the first time and then rarely."""
@@ -120,11 +129,9 @@ class Life:
         self._into: Relay | None = None
         self._out: Relay | None = None
         self._refused: dict[str, int] = {}
-        self._topic = (
-            self._config.notification_topic or f"$SYS/broker/connection/{memory.remote.full_client_id}/state"
-        )
+        self._topic = self._config.notification_topic or f"$SYS/broker/connection/{memory.remote.full_client_id}/state"
         will = Will(self._topic.encode(), b"0", 0, True) if self._config.notifications else None
-        self._inlet_side = Inlet(self._link, will)
+        self._inlet_side = Inlet(self._link, will, memory.clean_inlet)
 
     async def live(self) -> None:
         """Returns to have the bridge move back to its first server; raises ConnectionError when a side is lost."""
@@ -135,6 +142,10 @@ class Life:
             await self._stay()
         except asyncio.CancelledError:
             await self._leave()
+            raise
+        except ConnectionError as error:
+            if self._config.round_robin and self._far is not None and not isinstance(error, Again):
+                self._memory.start = (self._memory.start + 1) % len(self._memory.remote.servers)
             raise
         else:
             await self._leave()
@@ -193,8 +204,8 @@ class Life:
             return await dial(self._config, self._tls, side, url, dialect, client_id, will)
 
         conn = await self._memory.remote.open(attempt, url, will)
-        if side is not None:
-            side.begin(conn)
+        if side is None or side.begin(conn) is None:
+            conn.abort()
         return conn
 
     def _window_in(self) -> int:
@@ -207,14 +218,13 @@ class Life:
         inlet = self._inlet
         if inlet is None:
             raise ConnectionError("the inlet is opened before the remote broker")
-        memory.belongs(url, conn.session_present, inlet.session_present)
+        memory.arrive(url, conn.session_present, inlet.session_present)
         node = self._local.node
         into = self._into = Relay(
             memory.routes_in,
             Target(inlet, 65_535),
             node=node,
             outward=False,
-            proven=memory.proven_in,
             counts=memory.counts_in,
             refused=lambda why, detail: memory.refuse("in", memory.counts_in, why, detail),
         )
@@ -223,7 +233,6 @@ class Life:
             Target(conn, self._config.receive_maximum),
             node=node,
             outward=True,
-            proven=memory.proven_out,
             counts=memory.counts_out,
             retain=self._config.outgoing_retain,
             refused=lambda why, detail: memory.refuse("out", memory.counts_out, why, detail),
@@ -296,14 +305,27 @@ class Life:
         if out is None:
             raise ConnectionError("the remote broker was lost")
 
+        memory = self._memory
+        if memory.outlet_of != memory.server:
+            if memory.exactly_out:
+                await self._free_identifiers(far)
+            memory.outlet_of = memory.server
+
         def begin(conn: Connection) -> None:
-            if not conn.session_present and far.session_present:
-                self._memory.proven_out = nothing_proven()
-                out.doubt(self._memory.proven_out)
+            if not conn.session_present and far.session_present and memory.exactly_out:
+                memory.outlet_of = None
+                raise Again("our own session is new, the remote broker's is not")
 
         window = min(self._config.receive_maximum, far.receive_maximum)
         outlet = Outlet(self._link, window, out, begin)
         outlet.begin(await self._add(self._local.receive(outlet), "the broker's own listener"))
+
+    async def _free_identifiers(self, far: Connection) -> None:
+        """The server may hold any packet identifier for a message of another time; have it let go of all of them."""
+        for packet_id in range(1, 65_536):
+            far.ack(_PUBREL, packet_id)
+        async with asyncio.timeout(self._config.connect_timeout):
+            await far.ping()  # answered behind all of them; their PUBCOMPs belong to nothing and are left alone
 
     # staying
 

@@ -25,6 +25,10 @@ class Relays(Protocol):
     def on_answer(self, packet_type: int, packet_id: int, code: int) -> None: ...
 
 
+class Again(ConnectionError):
+    """The link is cut on purpose and begun anew at once: the two sides' sessions did not belong together."""
+
+
 class Link:
     """Knows when the first of the three connections has ended, and ends the others."""
 
@@ -78,9 +82,10 @@ class _Side(Handler):
 class Inlet(_Side):
     """The local connection that publishes: only answers come from it."""
 
-    def __init__(self, link: Link, will: Will | None) -> None:
+    def __init__(self, link: Link, will: Will | None, clean_start: bool) -> None:
         super().__init__(link, "local connection that publishes")
         self.will = will
+        self.clean_start = clean_start
         self.relay: Relays | None = None
 
     def on_ack(self, conn: Connection, packet_type: int, packet_id: int, code: int) -> None:
@@ -97,17 +102,25 @@ class RemoteSide(_Side):
         self._begin = begin
         self._relays: tuple[Relays, Relays] | None = None
 
-    def begin(self, conn: Connection) -> tuple[Relays, Relays]:
-        """The relays in and out, made when the first packet after CONNACK needs them."""
-        if self._relays is None:
-            self._relays = self._begin(conn)
+    def begin(self, conn: Connection) -> tuple[Relays, Relays] | None:
+        """The relays in and out, made when the first packet after CONNACK needs them; None when the link has failed."""
+        if self._relays is None and not self._link.lost.done():
+            try:
+                self._relays = self._begin(conn)
+            except Again as error:
+                self._link.fail(error)
         return self._relays
 
     def on_publish(self, conn: Connection, publish: Publish) -> None:
-        self.begin(conn)[0].on_publish(conn, publish)
+        relays = self.begin(conn)
+        if relays is not None:
+            relays[0].on_publish(conn, publish)
 
     def on_ack(self, conn: Connection, packet_type: int, packet_id: int, code: int) -> None:
-        into, out = self.begin(conn)
+        relays = self.begin(conn)
+        if relays is None:
+            return
+        into, out = relays
         if packet_type == _PUBREL:
             into.on_release(conn, packet_id)
         else:
@@ -117,9 +130,7 @@ class RemoteSide(_Side):
 class Outlet(_Side):
     """The local connection that receives: messages and PUBREL come from it."""
 
-    def __init__(
-        self, link: Link, receive_maximum: int, relay: Relays, begin: Callable[[Connection], None]
-    ) -> None:
+    def __init__(self, link: Link, receive_maximum: int, relay: Relays, begin: Callable[[Connection], None]) -> None:
         super().__init__(link, "local connection that receives")
         self.receive_maximum = receive_maximum
         self._relay = relay
@@ -129,13 +140,17 @@ class Outlet(_Side):
         """What its CONNACK said is looked at before its first packet."""
         if self._begin is not None:
             begin, self._begin = self._begin, None
-            begin(conn)
+            try:
+                begin(conn)
+            except Again as error:
+                self._link.fail(error)
 
     def on_publish(self, conn: Connection, publish: Publish) -> None:
         self.begin(conn)
-        self._relay.on_publish(conn, publish)
+        if not self._link.lost.done():
+            self._relay.on_publish(conn, publish)
 
     def on_ack(self, conn: Connection, packet_type: int, packet_id: int, code: int) -> None:
         self.begin(conn)
-        if packet_type == _PUBREL:
+        if packet_type == _PUBREL and not self._link.lost.done():
             self._relay.on_release(conn, packet_id)

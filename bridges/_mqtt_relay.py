@@ -32,10 +32,10 @@ A handshake is not one to one when both sides cannot speak the same QoS or the m
   counted, reported. After a cut S may repeat it and gets the same answer; no reconnect can loop on it.
 
 When the two sessions do not belong together (another server after a fail-over, one of the sides lost its session), T
-may still hold N for some older message, and would drop the new one as a repetition. `proven`, a bit for each
-identifier, says so. The relay then sends PUBREL N before a QoS 2 PUBLISH N: whatever T held under N is freed, the
-PUBCOMP is swallowed and proves N for all later connections to T. Such a change is at least once: what the former server
-took and had not released may be taken again by the next.
+may still hold N for some older message, and would drop the new one as a repetition. So before the first message
+crosses, T's identifiers are freed: on the way in by beginning the inlet's session anew, which holds nothing else; on
+the way out, where the remote session holds our subscriptions and their messages, by a PUBREL for every identifier.
+Such a change is at least once: what the former server took and had not released may be taken again by the next.
 """
 
 from __future__ import annotations
@@ -73,11 +73,6 @@ class Target:
             self.retain = properties.retain_available != 0
 
 
-def nothing_proven() -> bytearray:
-    """For a target that may hold identifiers of another source's messages: a bit for each, none set."""
-    return bytearray(8_192)
-
-
 class _Flight:
     """A message the target has not acknowledged. ``raw`` is empty once it has taken it (QoS 2)."""
 
@@ -99,7 +94,6 @@ class Relay:
         *,
         node: str,
         outward: bool,
-        proven: bytearray | None,
         counts: Counter[str],
         retain: bool = True,
         refused: Callable[[str, str], None],
@@ -117,15 +111,10 @@ class Relay:
         self._waiting: deque[tuple[int, _Flight]] = deque()  # beyond the window
         self._ended: set[int] = set()  # QoS 2 identifiers whose handshake with the source is ended here
         self._lowered: set[int] = set()  # QoS 2 at the source, QoS 1 at the target
-        self._proven = proven
         self._freeing: set[int] = set()  # PUBREL sent by us, its PUBCOMP is not the source's
         self._held: deque[tuple[int, _Flight]] = deque()
         self._hold = 0.0
         self._retry: asyncio.TimerHandle | None = None
-
-    def doubt(self, proven: bytearray) -> None:
-        """The source turned out to have lost its session: see `proven` above."""
-        self._proven = proven
 
     def close(self) -> None:
         """Forget everything; the source will repeat it."""
@@ -203,7 +192,7 @@ class Relay:
     def on_answer(self, packet_type: int, packet_id: int, code: int) -> None:
         """PUBACK, PUBREC or PUBCOMP from the target."""
         if packet_type == _PUBCOMP and packet_id in self._freeing:
-            self._freed(packet_id)
+            self._freeing.discard(packet_id)
             return
         flight = self._flights.get(packet_id)
         if flight is None:
@@ -211,7 +200,7 @@ class Relay:
         if code >= 0x80 and packet_type != _PUBCOMP:
             self._on_refusal(packet_id, flight, code)
         elif packet_type == _PUBREC and flight.qos == 2:
-            self._freed(packet_id)  # answers come in order: a PUBCOMP still missing will never come
+            self._freeing.discard(packet_id)  # answers come in order: a PUBCOMP still missing will never come
             if flight.raw:
                 self._taken()
                 flight.raw = b""
@@ -246,21 +235,9 @@ class Relay:
             self._waiting.append((packet_id, flight))
             return
         conn = self._target.conn
-        if self._proven is not None and flight.qos == 2 and not self._proven[packet_id >> 3] >> (packet_id & 7) & 1:
-            self._free(packet_id)
         flight.sent = self._loop.time()
         self._flights[packet_id] = flight
         conn.send(flight.raw)
-
-    def _free(self, packet_id: int) -> None:
-        self._freeing.add(packet_id)
-        self._target.conn.ack(_PUBREL, packet_id)
-
-    def _freed(self, packet_id: int) -> None:
-        if packet_id in self._freeing:
-            self._freeing.discard(packet_id)
-            if self._proven is not None:
-                self._proven[packet_id >> 3] |= 1 << (packet_id & 7)
 
     def _fill(self) -> None:
         while self._waiting and len(self._flights) < self._target.window:
@@ -279,7 +256,8 @@ class Relay:
             self._held.append((packet_id, flight))
             self._counts["retried"] += 1
             if code == _IN_USE and flight.qos == 2:
-                self._free(packet_id)
+                self._freeing.add(packet_id)
+                self._target.conn.ack(_PUBREL, packet_id)
             if self._retry is None:
                 self._hold = min(30.0, self._hold * 2 or 0.5)
                 self._retry = self._loop.call_later(self._hold, self._send_held)

@@ -8,11 +8,13 @@ identifiers and holds no state of its own, so QoS 2 is exactly once across any c
 from __future__ import annotations
 
 import ssl
+from contextlib import suppress
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bridges._mqtt_life import Life, Memory, dial
+from bridges._mqtt_link import Again
 from bridges._mqtt_remote import Dialect, Remote, tls_context
 from bridges._mqtt_topics import TopicLine
 from broker.client import address
@@ -156,7 +158,8 @@ class Mqtt:
             name = self._config.clientid or f"{local.node}.{self._config.name}"
             self._memory = Memory(self._config, self._servers(name))
         while True:
-            await Life(self._memory, local, self._tls).live()  # returns only to move back to the first server
+            with suppress(Again):
+                await Life(self._memory, local, self._tls).live()  # returns only to move back to the first server
 
     async def check(self) -> None:
         """Connects once, under a client id of its own, so that a running bridge keeps its session."""

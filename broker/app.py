@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from broker import identity
-from broker.access.gate import AccessGate
+from broker.access.gate import AccessError, AccessGate
 from broker.admin.commands import Commands
 from broker.admin.control import ControlServer
 from broker.config import firstrun
@@ -31,7 +31,8 @@ from broker.engine.message import Message
 from broker.extend import registry
 from broker.extend.record import compile_template
 from broker.extend.sink import Record
-from broker.net.listeners import ListenError, Listeners
+from broker.net.errors import ListenError
+from broker.net.listeners import Listeners
 from broker.runtime import logs
 from broker.runtime.supervisor import Supervisor
 
@@ -59,6 +60,7 @@ class Broker:
         self._load = load
         self._reloading = asyncio.Lock()
         self._data = Path(settings.broker.data)
+        self._limited: dict[str, logs.Limited] = {}
         self._node = identity.take(self._data)
         loop = asyncio.get_running_loop()
         self._loop = loop
@@ -66,7 +68,7 @@ class Broker:
         self.engine = Engine(
             self.gate,
             loop.call_soon,
-            now=loop.time(),
+            clock=loop.time,
             wall_ms=int(time.time() * 1000),
             limits=limits_of(settings),
             node=settings.broker.name,
@@ -74,7 +76,8 @@ class Broker:
             boot=self._node.boot,
             report=self._report,
         )
-        self.gate.bind(self.engine)
+        self.gate.rights_changed = self.engine.rights_changed
+        self.gate.kick = self.engine.kick
         self.listeners = Listeners(self.engine, settings.base)
         self.internal = self._data / "run" / "workers.sock"
         self.supervisor = Supervisor(self.internal, settings.broker.name, log_format, log_level)
@@ -83,7 +86,10 @@ class Broker:
         self._ticker: asyncio.TimerHandle | None = None
 
     def _report(self, category: str, text: str) -> None:
-        logs.limited(log, category, text)
+        limited = self._limited.get(category)
+        if limited is None:
+            limited = self._limited[category] = logs.limited(log, category)
+        limited.info("%s", text)
 
     # life -----------------------------------------------------------------------------------------------------
 
@@ -116,7 +122,7 @@ class Broker:
         self.engine.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN - 1):
-                await self.listeners.close_accepting()
+                await self.listeners.stop_accepting()
                 for number, channel in enumerate(list(self.engine.channels)):
                     if not channel.listener.privileged:
                         channel.disconnect(0x8B)
@@ -155,11 +161,14 @@ class Broker:
             change = diff(old, new)
             if change.empty:
                 return change
-            staged = await self.gate.prepare(new)
+            try:
+                await self.gate.replace(new)
+            except AccessError as error:
+                raise ReloadRefused(f"{error}; nothing was changed") from error
             try:
                 await self.listeners.apply(new.listeners)
             except ListenError as error:
-                await staged.abandon()
+                await self.gate.replace(old)
                 raise ReloadRefused(f"{error}; nothing was changed") from error
             self.engine.configure(limits_of(new))
             touched = set(change.added) | set(change.changed)
@@ -167,7 +176,6 @@ class Broker:
                 for name, instance in instances.items():
                     if f"{room}.{name}" in touched:
                         self._ensure(instance)
-            await staged.commit()
             kept = {*new.sinks, *new.bridges}
             for name in {*old.sinks, *old.bridges} - kept:
                 left = self.engine.remove_instance(name)
@@ -177,7 +185,6 @@ class Broker:
                     )
             self.settings = new
             await self.supervisor.apply(new.sinks, new.bridges, new.workers.processes, new.base)
-            self.engine.rights_changed(None)
             for warning in new.warnings:
                 log.warning("%s", warning)
             log.info(
@@ -288,12 +295,12 @@ async def _serve(settings: Settings, load: Callable[[], Settings], hints: list[s
     loop.add_signal_handler(signal.SIGHUP, on_reload)
     try:
         await broker.start()
-    except (ListenError, ConfigError) as error:
+    except (ListenError, AccessError, ConfigError) as error:
         text = "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
         print(text, file=sys.stderr)
         await broker.stop()
         return 2
-    addresses = " ".join(f"{name}={address}" for name, address in broker.listeners.addresses().items())
+    addresses = " ".join(f"{name}={broker.listeners[name].address}" for name in broker.listeners.names)
     print(f"ready {addresses} control={broker.control_path}", flush=True)
     for line in hints:
         print(line, file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import ssl
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,15 +136,18 @@ class Cluster:
             self._partitions[topic] = count
             self._missing.pop(topic, None)
             if before is not None:
-                _log.warning("topic %s has %d partitions, it had %d: keys move to others", topic, count, before)
+                _log.warning("topic %s now has %d partitions, it had %d: keys move to others", topic, count, before)
         return count
 
-    async def reachable(self, producer: AIOKafkaProducer, timeout: float) -> bool:
-        """Whether any broker of the cluster answers, asked anew."""
-        with suppress(TimeoutError):
+    async def look(self, producer: AIOKafkaProducer, timeout: float) -> None:
+        """Ask the cluster for its layout anew. NotConnected or Fatal when no broker answers."""
+        try:
             async with asyncio.timeout(timeout):
-                return bool(await producer.client.force_metadata_update())
-        return False
+                answered = await producer.client.force_metadata_update()
+        except TimeoutError as error:
+            raise NotConnected(f"Kafka at {', '.join(self._servers)} does not answer") from error
+        if not answered:
+            raise await self._reason(None)
 
     async def check(self, topic: str | None) -> None:
         """One round trip; a topic that is missing is Fatal at once."""
@@ -179,8 +181,7 @@ class Cluster:
         client = producer.client
         client.add_topic(topic)
         for _ in range(2):  # an update that was under way did not ask for this topic
-            if not await self.reachable(producer, self._timeout):
-                raise await self._reason(None)
+            await self.look(producer, self._timeout)
             if topic in client.cluster.unauthorized_topics:
                 raise Fatal(f"Kafka does not let us write to topic {topic!r}: allow it")
             known: set[int] | None = client.cluster.partitions_for_topic(topic)
@@ -230,7 +231,7 @@ class Cluster:
     async def _reason(self, error: BaseException | None) -> NotConnected | Fatal:
         """Why we are not connected: the driver says «unable to bootstrap» to a wrong password, too."""
         security = self._security()
-        reasons = [await self._refusal_of(server, security) for server in self._servers]
+        reasons = await asyncio.gather(*(self._refusal_of(server, security) for server in self._servers))
         said = [reason for reason in reasons if reason is not None]
         fatal = next((reason for reason in said if isinstance(reason, Fatal)), None)
         if fatal is not None and len(said) == len(reasons):

@@ -21,14 +21,12 @@ class InvalidRecordError(errors.BrokerResponseError):  # type: ignore[misc]
     """Kafka refuses a record: a compacted topic wants a key, or a validation failed."""
 
     errno = 87
-    message = "INVALID_RECORD"
 
 
 class ThrottlingQuotaExceededError(errors.BrokerResponseError):  # type: ignore[misc]
     """Kafka wants us to slow down."""
 
     errno = 89
-    message = "THROTTLING_QUOTA_EXCEEDED"
     retriable = True
 
 

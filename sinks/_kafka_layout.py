@@ -41,16 +41,55 @@ def key_hash(key: bytes) -> int:
     return (h ^ h >> 15) & 0x7FFFFFFF
 
 
-def partition_of(strategy: Strategy | int) -> Partition:
-    """A function of record, key and number of partitions. A record without a key goes round."""
-    turn = count()
-    if isinstance(strategy, int):
-        return lambda record, key, partitions: strategy
-    if strategy == "key":
-        return lambda record, key, partitions: (key_hash(key) if key is not None else next(turn)) % partitions
-    if strategy == "topic_hash":
-        return lambda record, key, partitions: key_hash(record.topic.encode()) % partitions
-    return lambda record, key, partitions: next(turn) % partitions
+class Partitioner:
+    """Chooses partitions by one strategy; a record without a key goes round."""
+
+    def __init__(self, strategy: Strategy | int) -> None:
+        self._strategy = strategy
+        self._turn = count()
+
+    def for_round(self) -> Partition:
+        """A function of record, key and number of partitions; under `sticky` the same for one whole round."""
+        strategy, turn = self._strategy, self._turn
+        if isinstance(strategy, int):
+            return lambda record, key, partitions: strategy
+        if strategy == "key":
+            return lambda record, key, partitions: (key_hash(key) if key is not None else next(turn)) % partitions
+        if strategy == "topic_hash":
+            return lambda record, key, partitions: key_hash(record.topic.encode()) % partitions
+        if strategy == "round_robin":
+            return lambda record, key, partitions: next(turn) % partitions
+        chosen = next(turn)
+        return lambda record, key, partitions: chosen % partitions
+
+
+class Layout:
+    """The functions that make a Kafka record, and what was found out about topics."""
+
+    def __init__(
+        self,
+        *,
+        topic: Template,
+        allowed: frozenset[str],
+        key: Template | None,
+        value: Template,
+        timestamp: Template,
+        headers: bool | Mapping[str, Template],
+        partition: Strategy | int,
+    ) -> None:
+        self.topic = topic.literal
+        """The Kafka topic; None when each record names its own."""
+        self.fixed = partition if isinstance(partition, int) else None
+        """The partition every record goes to, if it is configured."""
+        self.topic_of = compile_template(topic)
+        self.allowed = allowed
+        self.key = default_key if key is None else bytes_of(key)
+        self.value = bytes_of(value)
+        self.timestamp = timestamp_of(timestamp)
+        self.headers = headers_of(headers)
+        self.partitioner = Partitioner(partition)
+        self.limits: dict[str, int] = {}
+        """Bytes a topic turned out to take at once, where that is less than we are allowed."""
 
 
 def bytes_of(template: Template) -> Bytes:

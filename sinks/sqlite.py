@@ -79,6 +79,7 @@ class Sqlite:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite-{config.name}")
         self._db: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
+        self._closed = False
 
     async def write(self, batch: Sequence[Record]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._write, batch)
@@ -88,6 +89,9 @@ class Sqlite:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._check)
 
     async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         db = self._db
         if db is not None:
             with suppress(sqlite3.Error):  # closed meanwhile

@@ -108,7 +108,9 @@ def pytest_report_header() -> list[str]:
     built, listed = compiled()
     kind = "compiled" if built == listed else "interpreted" if not built else "partly compiled"
     missing = sorted(listed - built) if built else []
-    return [f"isthmus: {kind} ({len(built)} of {len(listed)} modules){', missing: ' + ', '.join(missing) if missing else ''}"]
+    return [
+        f"isthmus: {kind} ({len(built)} of {len(listed)} modules){', missing: ' + ', '.join(missing) if missing else ''}"
+    ]
 
 
 def pytest_sessionstart() -> None:

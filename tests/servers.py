@@ -167,7 +167,20 @@ def certificates(where: Path, client_name: str = "device-1") -> Certificates:
     new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     for ca in ("ca", "stranger"):
         usage = ["-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign,cRLSign"]
-        run("req", "-x509", *new_key, "-keyout", f"{ca}.key", "-out", f"{ca}.pem", "-days", "30", "-subj", f"/CN={ca}", *usage)
+        run(
+            "req",
+            "-x509",
+            *new_key,
+            "-keyout",
+            f"{ca}.key",
+            "-out",
+            f"{ca}.pem",
+            "-days",
+            "30",
+            "-subj",
+            f"/CN={ca}",
+            *usage,
+        )
     for name, subject, extension in (
         ("server", "/CN=localhost", "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1\nextendedKeyUsage=serverAuth"),
         ("client", f"/O=isthmus/CN={client_name}", f"subjectAltName=DNS:{client_name}\nextendedKeyUsage=clientAuth"),
@@ -487,7 +500,9 @@ def mosquitto(
         if username is not None:
             tool = program("mosquitto_passwd")
             assert tool is not None, "mosquitto_passwd is missing beside mosquitto"
-            subprocess.run([tool, "-b", "-c", where / "passwords", username, password or ""], check=True, capture_output=True)
+            subprocess.run(
+                [tool, "-b", "-c", where / "passwords", username, password or ""], check=True, capture_output=True
+            )
             lines += ["allow_anonymous false", f"password_file {where}/passwords"]
         else:
             lines.append("allow_anonymous true")
@@ -679,9 +694,13 @@ def _kafka_properties(
         lines.append("sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512")
         modules = "org.apache.kafka.common.security"
         for name in (n.lower() for n in more if n.startswith("SASL")):
-            lines.append(f'listener.name.{name}.plain.sasl.jaas.config={modules}.plain.PlainLoginModule required user_{KAFKA_USER}="{KAFKA_PASSWORD}";')
+            lines.append(
+                f'listener.name.{name}.plain.sasl.jaas.config={modules}.plain.PlainLoginModule required user_{KAFKA_USER}="{KAFKA_PASSWORD}";'
+            )
             for scram in ("scram-sha-256", "scram-sha-512"):
-                lines.append(f"listener.name.{name}.{scram}.sasl.jaas.config={modules}.scram.ScramLoginModule required;")
+                lines.append(
+                    f"listener.name.{name}.{scram}.sasl.jaas.config={modules}.scram.ScramLoginModule required;"
+                )
     if certs is not None:
         bundle = where / "bundle.pem"
         bundle.write_text(certs.server_key.read_text() + certs.server.read_text() + certs.ca.read_text())
@@ -698,9 +717,14 @@ def _prepare_kafka(home: Path) -> None:
         formatted = home / "formatted"
         if not formatted.is_dir():
             with folder("kafka-format") as where:
-                (where / "server.properties").write_text(_kafka_properties(where, free_port(), free_port(), {}, None, None))
+                (where / "server.properties").write_text(
+                    _kafka_properties(where, free_port(), free_port(), {}, None, None)
+                )
                 cluster = "A" + base64.urlsafe_b64encode(os.urandom(16)).decode()[1:22]
-                users = [f"{mechanism}=[name={SCRAM_USER},password={SCRAM_PASSWORD}]" for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")]
+                users = [
+                    f"{mechanism}=[name={SCRAM_USER},password={SCRAM_PASSWORD}]"
+                    for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
+                ]
                 subprocess.run(
                     [*_java(home), "kafka.tools.StorageTool", "format", "-t", cluster, "-c",
                      str(where / "server.properties"), *(a for u in users for a in ("-S", u))],
@@ -792,7 +816,12 @@ def kafka(
 
 # --- what is there, and installing the rest --------------------------------------------------------------------------
 
-PACKAGES = {"slapd": "slapd", "ldapsearch": "ldap-utils", "mosquitto": "mosquitto", "mosquitto_pub": "mosquitto-clients"}
+PACKAGES = {
+    "slapd": "slapd",
+    "ldapsearch": "ldap-utils",
+    "mosquitto": "mosquitto",
+    "mosquitto_pub": "mosquitto-clients",
+}
 SERVICES: dict[str, Callable[[], Any]] = {"slapd": slapd, "kafka": kafka, "mosquitto": mosquitto}
 
 
@@ -814,14 +843,18 @@ def install_packages() -> bool:
     command = f"apt-get install -y --no-install-recommends {' '.join(wanted)}"
     apt = program("apt-get")
     if apt is None or os.geteuid() != 0:
-        print(f"servers: missing here: {', '.join(wanted)}. Install them, on Debian or Ubuntu with:\n\n    sudo {command}\n")
+        print(
+            f"servers: missing here: {', '.join(wanted)}. Install them, on Debian or Ubuntu with:\n\n    sudo {command}\n"
+        )
         return False
     print(f"servers: installing {', '.join(wanted)} (nothing is started: policy-rc.d says no meanwhile)", flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     with no_daemons():
         subprocess.run([apt, "update", "-qq"], check=False, env=environment)
         done = subprocess.run(
-            [apt, "-qq", "-o", "DPkg::Lock::Timeout=300", *command.split()[1:]], env=environment, stdout=subprocess.DEVNULL
+            [apt, "-qq", "-o", "DPkg::Lock::Timeout=300", *command.split()[1:]],
+            env=environment,
+            stdout=subprocess.DEVNULL,
         )
     if done.returncode:
         print(f"servers: {command} failed with {done.returncode}")
@@ -855,7 +888,14 @@ def install_kafka() -> bool:
         print(f"servers: fetching Apache Kafka {KAFKA_VERSION} into {KAFKA_HOME} (46 jars, 42 MB)", flush=True)
         KAFKA_HOME.mkdir(parents=True, exist_ok=True)
         (KAFKA_HOME / "pom.xml").write_text(KAFKA_POM)
-        command = [maven, "-q", "-B", "dependency:copy-dependencies", "-DoutputDirectory=libs", "-DincludeScope=runtime"]
+        command = [
+            maven,
+            "-q",
+            "-B",
+            "dependency:copy-dependencies",
+            "-DoutputDirectory=libs",
+            "-DincludeScope=runtime",
+        ]
         if subprocess.run(command, cwd=KAFKA_HOME).returncode:
             print("servers: Maven could not fetch Apache Kafka")
             return False

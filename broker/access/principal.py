@@ -15,7 +15,8 @@ class Principal:
 
     __slots__ = (
         "__weakref__", "_clientid", "attributes", "audit", "auth", "backend", "certificate", "expires_at",
-        "generation", "listener", "origin", "own_rules", "peerhost", "privileged", "rendered", "sources", "superuser", "username",
+        "generation", "listener", "origin", "own_rules", "peerhost", "privileged", "rendered", "sources",
+        "superuser", "username",
     )  # fmt: skip
 
     def __init__(

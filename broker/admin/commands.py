@@ -113,7 +113,11 @@ class Commands:
             raise CommandFailed(f"no client is called {id!r}")
         shown = _client(session)
         shown["subscriptions"] = [
-            {"filter": s.filter.decode(), "qos": s.qos, "shared": s.group.name.decode() if s.group is not None else None}
+            {
+                "filter": s.filter.decode(),
+                "qos": s.qos,
+                "shared": s.group.name.decode() if s.group is not None else None,
+            }
             for s in session.subscriptions or ()
         ]
         return shown

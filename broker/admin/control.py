@@ -27,11 +27,11 @@ class NotRunning(ConnectionError):
     """No broker is running that uses this data folder."""
 
 
-class Refused(Exception):
+class CommandFailed(Exception):
     """The broker did not do what was asked."""
 
     def __init__(self, text: str, exit: int = 1) -> None:
-        super().__init__(text or self.__doc__)
+        super().__init__(text)
         self.exit = exit
         """Exit code for the command line: 1 failed, 2 wrong configuration, 3 a server cannot be reached."""
 
@@ -117,7 +117,7 @@ class ControlServer:
             return _failure("the request is not an object with command and arguments")
         try:
             return {"ok": True, "result": await handler(**arguments)}
-        except Refused as error:
+        except CommandFailed as error:
             return _failure(str(error), error.exit)
         except LookupError as error:
             return _failure(str(error.args[0] if error.args else error))
@@ -133,7 +133,8 @@ def _failure(text: str, exit: int = 1) -> dict[str, Any]:
 def request(path: Path, command: str, *, timeout: float = 60.0, **arguments: Any) -> Any:
     """Ask the running broker and return its answer; waits up to `timeout` seconds.
 
-    Raises NotRunning when none answers on the socket, Refused when it says no, TimeoutError when it says nothing.
+    Raises NotRunning when none answers on the socket, CommandFailed when it says no, TimeoutError when
+    it says nothing.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout)
@@ -142,7 +143,7 @@ def request(path: Path, command: str, *, timeout: float = 60.0, **arguments: Any
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
             raise NotRunning(f"no broker is running with the data folder {Path(path).parent}") from error
         except PermissionError as error:
-            raise Refused(f"{path} belongs to another user; run this as the user of the broker") from error
+            raise CommandFailed(f"{path} belongs to another user; run this as the user of the broker") from error
         connection.sendall(json.dumps({"command": command, "arguments": arguments}).encode() + b"\n")
         with connection.makefile("rb") as answers:
             line = answers.readline()
@@ -150,5 +151,5 @@ def request(path: Path, command: str, *, timeout: float = 60.0, **arguments: Any
         raise NotRunning("the broker stopped before it answered")
     answer = json.loads(line)
     if not answer["ok"]:
-        raise Refused(answer["error"], int(answer.get("exit", 1)))
+        raise CommandFailed(answer["error"], int(answer.get("exit", 1)))
     return answer["result"]

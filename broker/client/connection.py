@@ -46,6 +46,8 @@ class Handler:
     """The most QoS 1 and 2 messages it wants unacknowledged; `connect` offers the smaller of this and its argument."""
     will: Will | None = None
     """The will of its connections, unless `connect` is given one."""
+    clean_start: bool = False
+    """Whether the session is begun anew even where `connect` was not asked to."""
 
     def on_publish(self, conn: Connection, publish: Publish) -> None:
         """A message; QoS 1 and 2 wait for the handler's acknowledgement."""
@@ -121,7 +123,7 @@ class Connection(asyncio.Protocol):
         tls: ssl.SSLContext | None = None,
         bridge_bit: bool = False,
         bind: str | None = None,
-        timeout: float = 10.0,  # noqa: ASYNC109
+        timeout: float = 10.0,
     ) -> Connection:
         """Returns once the broker has accepted; ``timeout`` seconds cover everything from the name look-up on.
 
@@ -145,7 +147,7 @@ class Connection(asyncio.Protocol):
             packets.Connect(
                 version=version,
                 bridge=bridge_bit,
-                clean_start=clean_start,
+                clean_start=clean_start or handler.clean_start,
                 keep_alive=keep_alive,
                 client_id=client_id,
                 username=username,
@@ -286,7 +288,7 @@ class Connection(asyncio.Protocol):
             self._break(BrokenPeer(f"the broker broke a rule of MQTT: {error}"), error.code)
         except Exception as error:
             _log.exception("a handler failed, the connection is ended")
-            self._break(error, 0x83)
+            self._break(ConnectionError(f"ended because of our own {type(error).__name__}: {error}"), 0x83)
 
     def pause_writing(self) -> None:
         self._paused = True

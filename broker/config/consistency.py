@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from broker.config import certificates
+from broker.config import certificates, firstrun
 from broker.config.listeners import ListenerConfig, NetworkListener, PlainListener, SecureListener, UnixListener
 from broker.config.problems import Key
 from broker.config.template import Template
@@ -14,6 +14,9 @@ from broker.config.topics import check_filter
 if TYPE_CHECKING:
     from broker.config.fragments import Tree
     from broker.config.settings import Settings
+
+SOCKETS = ("control.sock", "run/workers.sock")
+"""The broker's own sockets in the data folder."""
 
 
 def check(settings: Settings, tree: Tree) -> None:
@@ -29,6 +32,7 @@ def check(settings: Settings, tree: Tree) -> None:
                 tree.warning(("listeners", name, field), text)
     _check_addresses(settings, tree)
     _check_sessions(settings, tree)
+    _ask_models(settings, tree)
 
 
 def _check_data(settings: Settings, tree: Tree) -> None:
@@ -36,6 +40,8 @@ def _check_data(settings: Settings, tree: Tree) -> None:
     place = next((path for path in (data, *data.parents) if path.exists()), data)
     if place.exists() and not place.is_dir():
         tree.problem(("broker", "data"), f"{place} is not a folder")
+    if max(len(str(data / socket).encode()) for socket in SOCKETS) > 107:
+        tree.problem(("broker", "data"), f"{data} is too long: the sockets in it would have paths of over 107 bytes")
 
 
 def _declared(tree: Tree, room: str) -> dict[str, bool]:
@@ -97,7 +103,7 @@ def _check_access(name: str, listener: ListenerConfig, settings: Settings, tree:
 
 
 def _check_addresses(settings: Settings, tree: Tree) -> None:
-    own = {str(settings.broker.data / file): f"the broker's own {file}" for file in ("control.sock", "internal.sock")}
+    own = {str(settings.broker.data / socket): "the broker itself" for socket in SOCKETS}
     taken: list[tuple[str, NetworkListener]] = []
     for name, listener in settings.listeners.items():
         if isinstance(listener, UnixListener):
@@ -136,6 +142,20 @@ def _check_sessions(settings: Settings, tree: Tree) -> None:
                 Template(spec.order_key)
             except ValueError as error:
                 tree.problem((*key, "order_key"), str(error))
+
+
+def _ask_models(settings: Settings, tree: Tree) -> None:
+    """Let the models that have a method `problems()` look at what they name, e.g. parse a file of rules.
+
+    It yields pairs of key and sentence and has no side effects. Files that the first run will make are not asked for.
+    """
+    new = firstrun.pending(settings)
+    for room in ("auth", "sinks", "bridges"):
+        for name, instance in getattr(settings, room).items():
+            ask = getattr(instance.config, "problems", None)
+            if callable(ask) and instance is not new:
+                for key, text in ask():
+                    tree.problem((room, name, *([key] if key else [])), text)
 
 
 def _places(values: Any, wanted: str, key: Key) -> Iterator[Key]:

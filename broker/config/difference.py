@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from broker.config.settings import Settings
@@ -23,10 +24,15 @@ class Difference:
 
 
 def diff(old: Settings, new: Settings) -> Difference:
-    """Compare by content: the table's values, secrets included, and the files it reads at opening."""
+    """Compare by content: the tables' values, secrets included, and the files they read at opening."""
+    return compare(old.fingerprints, new.fingerprints)
+
+
+def compare(old: Mapping[str, str], new: Mapping[str, str]) -> Difference:
+    """Compare the `fingerprints` of two Settings."""
     result = Difference()
-    for name in sorted({*old.fingerprints, *new.fingerprints}):
-        before, after = old.fingerprints.get(name), new.fingerprints.get(name)
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
         if before is None:
             result.added.append(name)
         elif after is None:

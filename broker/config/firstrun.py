@@ -6,14 +6,20 @@ import os
 import secrets
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import argon2
-
+from broker.config import fingerprint
 from broker.config.listeners import TcpListener
-from broker.config.settings import Instance, Settings
+
+if TYPE_CHECKING:
+    from broker.config.settings import Instance, Settings
 
 USER = "demo"
+RULES = f"""# written by the first run, in the form of mosquitto's acl_file
+user {USER}
+topic readwrite telemetry/{USER}/#
+"""
 
 
 def pending(settings: Settings) -> Instance | None:
@@ -21,8 +27,9 @@ def pending(settings: Settings) -> Instance | None:
     folders = (settings.broker.data, settings.base / "data")
     for instance in settings.auth.values():
         passwords = getattr(instance.config, "passwords", None)
-        inside = isinstance(passwords, Path) and any(folder in passwords.parents for folder in folders)
-        if instance.kind == "file" and inside and not os.path.lexists(passwords):
+        if instance.kind != "file" or not isinstance(passwords, Path) or os.path.lexists(passwords):
+            continue
+        if any(folder in passwords.parents for folder in folders):
             return instance
     return None
 
@@ -36,6 +43,8 @@ def prepare(settings: Settings) -> list[str]:
     instance = pending(settings)
     if instance is None:
         return []
+    import argon2  # needed once in the life of an installation
+
     passwords: Path = instance.config.passwords  # type: ignore[attr-defined]
     rules: Path | None = getattr(instance.config, "rules", None)
     passwords.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -44,8 +53,10 @@ def prepare(settings: Settings) -> list[str]:
     _write(password_file, password + "\n")
     if rules is not None and not os.path.lexists(rules):
         rules.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(rules, f"# written by the first run; rules as in mosquitto's acl_file\nuser {USER}\ntopic readwrite telemetry/{USER}/#\n")
+        _write(rules, RULES)
     _write(passwords, f"{USER}:{argon2.PasswordHasher().hash(password)}\n")
+    key = f"auth.{instance.name}"
+    settings.fingerprints[key] = fingerprint.of("auth", {**instance.raw, "kind": instance.kind}, instance.config)
     return [
         f"first start: user {USER}, password in {password_file}. Publish as it:",
         *(_publish(listener, password_file) for listener in _plain(settings)[:1]),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from broker.config import fragments
+from broker.config.secrets import Substitution
 from broker.config.settings import Settings, load_settings
 
 SYSTEM = Path("/etc/isthmus/conf.d")
@@ -51,6 +53,4 @@ class Options:
         conf, base = self.folder()
         value: Any = fragments.read(conf, self.sets).values.get("broker", {})
         data = value.get("data", "data") if isinstance(value, dict) else "data"
-        return base / str(data)
-
-
+        return base / str(Substitution(base, os.environ).apply(data, ()))

@@ -470,7 +470,7 @@ class Channel:
             if props.response_topic is not None and topics.is_wild(props.response_topic.encode()):
                 raise ProtocolError(0x82, "a response topic with a wildcard")  # [MQTT-3.3.2-14]
             if props.message_expiry_interval is not None:
-                expires = core.now + props.message_expiry_interval
+                expires = self.engine.clock() + props.message_expiry_interval
             forward = props.forward
             if props.user_properties and b"$isthmus" in forward:
                 forward = _without_metadata(props)

@@ -38,14 +38,15 @@ def _quiet(category: str, text: str) -> None:
 
 
 class Engine:
-    """`gate` decides rights, `call_soon(callback)` runs a callback at the end of the loop's tick."""
+    """`gate` decides rights, `call_soon(callback)` runs a callback at the end of the loop's tick, `clock()` is
+    monotonic seconds."""
 
     def __init__(
         self,
         gate: Any,
         call_soon: Callable[[Callable[[], None]], Any],
         *,
-        now: float,
+        clock: Callable[[], float],
         wall_ms: int,
         limits: Limits | None = None,
         node: str = "isthmus-1",
@@ -53,7 +54,9 @@ class Engine:
         boot: int = 1,
         report: Report = _quiet,
     ) -> None:
+        now = clock()
         self.gate = gate
+        self.clock = clock
         self.core = Core(call_soon, now, wall_ms, node, node_id, boot)
         self.report = report
         self.sessions: dict[str, Session] = {}
@@ -240,6 +243,7 @@ class Engine:
 
     def closed(self, channel: Channel, state: int) -> None:
         """A channel ended: detach its session, publish or schedule the will, start the session's expiry."""
+        self.core.now = self.clock()
         self.channels.discard(channel)
         self.holding.discard(channel)
         self.core.stalled.discard(channel)

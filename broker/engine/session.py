@@ -125,6 +125,12 @@ class Session(Receiver):
             self.core.drop("too_large")
             return DONE
         ident = inflight.add(head, body, qos)
+        if self.alias_maximum and self.v5:
+            # only this transmission uses the alias: it does not outlive the connection, the message in flight may
+            topic, alias = self._alias(message.topic)
+            if alias:
+                body = message.body_with(alias + self._extra(message, idents))
+                head = encode_head(topic, head[0], len(body) + 2)
         if hold is not None or group is not None:
             if hold is not None:
                 hold.count += 1
@@ -267,22 +273,22 @@ class Session(Receiver):
         first = 0x31 if retain else 0x30
         if not self.v5:
             return encode_head(message.topic, first, len(message.payload)) + message.payload
-        extra = self._extra(message, idents)
-        topic = message.topic
-        if self.alias_maximum:
-            aliases = self.aliases
-            if aliases is None:
-                aliases = self.aliases = {}
-            alias = aliases.get(topic, 0)
-            if alias:
-                topic = b""
-            elif len(aliases) < self.alias_maximum:
-                alias = len(aliases) + 1
-                aliases[topic] = alias
-            if alias:
-                extra = b"\x23" + alias.to_bytes(2, "big") + extra  # [MQTT-3.3.2-9]
-        body = message.body_with(extra)
+        topic, alias = self._alias(message.topic) if self.alias_maximum else (message.topic, b"")
+        body = message.body_with(alias + self._extra(message, idents))
         return encode_head(topic, first, len(body)) + body
+
+    def _alias(self, topic: bytes) -> tuple[bytes, bytes]:
+        """The topic name and the Topic Alias property to send; without one when all aliases are taken."""
+        aliases = self.aliases
+        if aliases is None:
+            aliases = self.aliases = {}
+        alias = aliases.get(topic, 0)
+        if alias:
+            return b"", b"\x23" + alias.to_bytes(2, "big")
+        if len(aliases) >= self.alias_maximum:  # [MQTT-3.1.2-26]
+            return topic, b""
+        aliases[topic] = len(aliases) + 1
+        return topic, b"\x23" + len(aliases).to_bytes(2, "big")  # [MQTT-3.3.2-9]
 
     # acknowledgements of the client ---------------------------------------------------------------------------
 

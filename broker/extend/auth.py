@@ -127,7 +127,8 @@ class AuthConfig(InstanceConfig):
     """Calls served at the same time; four times as many wait, the rest is told "server busy".
     Default: `[access] max_concurrent` (64)."""
     cache_ttl: Annotated[Duration, Field(le=86_400)] | None = None
-    """Seconds a positive verdict is remembered, give or take a tenth; 0 asks every time. Default: `[access] cache_ttl`."""
+    """Seconds a positive verdict is remembered, give or take a tenth; 0 asks every time.
+    Default: `[access] cache_ttl`."""
     negative_cache_ttl: Annotated[Duration, Field(le=5)] | None = None
     """Seconds a refusal is remembered; errors never are. Default: `[access] negative_cache_ttl`."""
     stale_if_error: Annotated[Duration, Field(le=604_800)] = 0.0

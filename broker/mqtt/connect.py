@@ -89,7 +89,7 @@ def _read_level(reader: Reader) -> int:
     """The protocol level, bridge bit included, once name and level are known to be ours."""
     name = reader.binary()
     if name != b"MQTT" and name != b"MQIsdp":
-        raise ProtocolError(ReasonCode.UNSUPPORTED_PROTOCOL_VERSION, "not MQTT")  # [MQTT-3.1.2-1]
+        raise MalformedPacket("the protocol name is not MQTT")  # [MQTT-3.1.2-1]
     level = reader.byte()
     if name == b"MQTT":
         if level == 4 or level == 5 or level == _BRIDGE | 4:
@@ -188,10 +188,10 @@ def encode_connect(connect: Connect) -> bytes:
 
 
 def encode_connack(version: int, session_present: bool, code: int, properties: Properties | None = None) -> bytes:
-    """``code`` is an MQTT 5 reason code for every version; 3.x gets the nearest return code and no properties."""
+    """``code`` is an MQTT 5 reason code; 3.x gets the nearest return code, or ``code`` below 6 as it is."""
     flags = 1 if session_present and code == 0 else 0  # [MQTT-3.2.2-6]
     if version < 5:
-        return bytes((0x20, 2, flags, connack_v3(code)))
+        return bytes((0x20, 2, flags, code if code <= 5 else connack_v3(code)))
     if properties is None:
         return bytes((0x20, 3, flags, code, 0))
     return writer.packet(0x20, bytes((flags, code)) + encode_properties(properties))

@@ -5,7 +5,7 @@ ctypedef const unsigned char* View
 
 cdef int _LARGEST
 
-cpdef bytes encode_length(int n)
+cpdef bytes encode_length(Py_ssize_t n)
 
 
 cdef class FrameReader:

@@ -49,7 +49,7 @@ cpdef tuple decode_properties(
 )
 cpdef Properties read_properties(Reader reader, int packet_type, int max_user_properties, bint strict)
 cdef object _refusal(int number, str text)
-@cython.locals(value=cython.longlong, text=str)
+@cython.locals(text=str)
 cdef object _read_value(Reader reader, int number, int form, bint strict)
 @cython.locals(pairs=list, key=str)
 cdef _read_pair(Reader reader, Properties properties, int limit, bint strict)

@@ -3,6 +3,7 @@ cimport cython
 ctypedef const unsigned char* View
 
 
+@cython.freelist(8)
 @cython.final
 cdef class Reader:
     cdef bytes _data
@@ -17,7 +18,7 @@ cdef class Reader:
     @cython.locals(start=Py_ssize_t)
     cpdef int uint16(self) except -1
     @cython.locals(high=cython.longlong)
-    cpdef long long uint32(self) except -1
+    cpdef object uint32(self)
     @cython.locals(value=int, shift=int, byte=int)
     cpdef int varint(self) except -1
     @cython.locals(size=Py_ssize_t, start=Py_ssize_t)

@@ -1,8 +1,8 @@
 cimport cython
 
 
-cpdef bytes uint16(int n)
-cpdef bytes uint32(long long n)
+cpdef bytes uint16(object n)
+cpdef bytes uint32(object n)
 @cython.locals(size=Py_ssize_t)
 cpdef bytes binary(bytes data)
 cpdef bytes text(str value)

@@ -35,10 +35,11 @@ class Connection(asyncio.Protocol):
     __slots__ = ("channel", "data_received", "doomed", "listener", "peer", "since", "transport")
 
     channel: Any
-    data_received: Callable[[bytes], None]
+    data_received: Callable[[bytes], None]  # type: ignore[assignment]  # a slot, so that it can become the channel's
     transport: Any
 
     def __init__(self, listener: Listener, since: float, peer: str) -> None:
+        """`since` is when the kernel gave us the connection; an empty `peer` is asked of the transport."""
         self.listener = listener
         self.since = since
         self.peer = peer
@@ -47,9 +48,14 @@ class Connection(asyncio.Protocol):
         self.data_received = self._on_first_read
 
     def connection_made(self, transport: Any) -> None:
-        """Open the channel; `since` is when the kernel gave us the connection, from which its deadline counts."""
+        """Open the channel; its deadline counts from the accept. A connection doomed from the start is one too many."""
         self.transport = transport
+        if self.doomed:
+            transport.abort()
+            return
         listener = self.listener
+        if not self.peer:
+            self.peer = peer_of(transport.get_extra_info("peername"))
         identity = listener.identity_of(transport, self.peer)
         if identity is None:
             transport.abort()
@@ -65,7 +71,8 @@ class Connection(asyncio.Protocol):
         channel = self.channel
         speech = foreign_speech(data, self.listener.secure)
         if speech is not None:
-            self.listener.report("not_mqtt", f"{self.peer} {speech}, listener {self.listener.name!r}; closed")
+            name = self.listener.name
+            self.listener.report("not_mqtt", f"{self.peer} {speech}, listener {name!r}; closed")
             self.transport.abort()
             return
         self.data_received = channel.feed

@@ -44,7 +44,7 @@ class Waiting:
     __slots__ = ("begin", "deadline", "listener", "peer", "sock")
 
     def __init__(
-        self, listener: Secure, sock: socket.SocketType, peer: str, deadline: float, begin: Callable[[Waiting], None]
+        self, listener: Secure, sock: socket.socket, peer: str, deadline: float, begin: Callable[[Waiting], None]
     ) -> None:
         self.listener = listener
         self.sock = sock

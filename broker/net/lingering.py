@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -33,16 +34,17 @@ class Lingerer(Protocol):
 class Lingering:
     """All live connections; a closed one that is still here at the second look is aborted, so after 2 to 4 seconds.
 
-    One timer for all of them, 40 bytes each; the engine closes transports without telling anybody, so they are looked at.
+    One timer for all of them, 40 bytes each. The engine closes transports without telling us, so they are looked at.
     """
 
-    __slots__ = ("_buckets", "_loop", "_next", "_timer", "aborted", "count")
+    __slots__ = ("_buckets", "_empty", "_loop", "_next", "_timer", "aborted", "count")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._buckets: tuple[set[Lingerer], ...] = tuple(set() for _ in range(BUCKETS))
         self._next = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._empty = asyncio.Event()
         self.count = 0
         self.aborted = 0
 
@@ -63,6 +65,15 @@ class Lingering:
         if connection in bucket:
             bucket.remove(connection)
             self.count -= 1
+            if self.count == 0:
+                self._empty.set()
+
+    async def wait_empty(self, seconds: float) -> None:
+        """Until no connection is left, or that long."""
+        if self.count:
+            self._empty.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), seconds)
 
     def stop(self) -> None:
         """Look no more."""

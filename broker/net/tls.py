@@ -21,9 +21,17 @@ CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aNULL:!eNULL:!PS
 LONGEST_SERVER_NAME = 255
 
 _SHORT = {
-    "commonName": "CN", "organizationName": "O", "organizationalUnitName": "OU", "countryName": "C",
-    "stateOrProvinceName": "ST", "localityName": "L", "streetAddress": "STREET", "domainComponent": "DC",
-    "userId": "UID", "emailAddress": "emailAddress", "serialNumber": "serialNumber",
+    "commonName": "CN",
+    "organizationName": "O",
+    "organizationalUnitName": "OU",
+    "countryName": "C",
+    "stateOrProvinceName": "ST",
+    "localityName": "L",
+    "streetAddress": "STREET",
+    "domainComponent": "DC",
+    "userId": "UID",
+    "emailAddress": "emailAddress",
+    "serialNumber": "serialNumber",
 }
 _VERIFY = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "require": ssl.CERT_REQUIRED}
 
@@ -49,7 +57,9 @@ def server_context(config: SecureListener) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
     context.set_ciphers(CIPHERS)
     try:
-        first, last = validity(ssl.PEM_cert_to_DER_cert(_first_certificate(Path(config.certificate).read_text("ascii"))))
+        first, last = validity(
+            ssl.PEM_cert_to_DER_cert(_first_certificate(Path(config.certificate).read_text("ascii")))
+        )
     except (ValueError, OSError):
         raise ListenError(f"{name}: certificate {config.certificate}: no PEM certificate in it") from None
     now = datetime.now(UTC)
@@ -100,7 +110,9 @@ def _no_password() -> str:
     raise ValueError("is encrypted with a passphrase; store it without one, readable by the broker only")
 
 
-def _check_server_name(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, context: ssl.SSLContext) -> int | None:
+def _check_server_name(
+    connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, context: ssl.SSLContext
+) -> int | None:
     if name is not None and not acceptable_server_name(name):
         return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
     return None
@@ -112,7 +124,7 @@ def acceptable_server_name(name: str) -> bool:
 
 
 def hello_server_name(hello: bytes) -> bytes | None:
-    """The server name in the first bytes of a connection, if its ClientHello is there whole and has one. RFC 8446 4.1.2."""
+    """The server name in a connection's first bytes, if its ClientHello is there whole and has one. RFC 8446 4.1.2."""
     try:
         if hello[0] != 0x16 or hello[5] != 0x01:
             return None

@@ -1,12 +1,14 @@
-"""MQTT over WebSocket (RFC 6455, MQTT section 6) on picows: the upgrade, the rules for frames, and a transport for the engine.
+"""MQTT over WebSocket (RFC 6455, MQTT section 6) on picows: the upgrade, the rules for frames, a link.
 
-picows parses frames and answers the upgrade. What it leaves open is decided here: path, Origin, sub-protocol, reserved bits,
-order of fragments, text frames, and how much may arrive before login. No extension is negotiated, so nothing inflates.
+picows parses frames and answers the upgrade. What it leaves open is decided here: path, Origin, sub-protocol, reserved
+bits, order of fragments, text frames, and how much may arrive before login. No extension is agreed on, so nothing
+inflates.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ from picows.picows import WSProtocol  # type: ignore[attr-defined]
 if TYPE_CHECKING:
     from broker.net.listener import Listener
 
+log = logging.getLogger(__name__)
+
 SUBPROTOCOL = "mqtt"
 LONGEST_REQUEST = 16 * 1024
 """Bytes of an upgrade request; picows stops there too, but without an answer."""
@@ -41,7 +45,7 @@ _SCRATCH = bytearray(16 * 1024)
 """Where bytes go that nobody will read."""
 
 
-class WebSocketLink(WSListener):  # type: ignore[misc]
+class WebSocketLink(WSListener):
     """A WebSocket as the engine's `link`: every `write` is one binary frame. Forwards payloads to the channel."""
 
     __slots__ = ("channel", "doomed", "failed", "listener", "partial", "peer", "protocol", "socket", "transport")
@@ -120,7 +124,7 @@ class WebSocketLink(WSListener):  # type: ignore[misc]
             self.channel.identity = identity
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-        """Check what picows does not, and hand the payload on. A violation closes with the code RFC 6455 7.4.1 gives."""
+        """Check what picows does not, and hand the payload on. A violation closes with a code of RFC 6455 7.4.1."""
         if self.failed or self.channel is None:
             return
         kind = frame.msg_type
@@ -175,8 +179,21 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
 
     def __init__(self, owner: Listener, since: float, peer: str) -> None:
         super().__init__(
-            None, None, False, self._upgrade, owner.ws_log, True, None, False, 20, 20, WSAutoPingStrategy.PING_WHEN_IDLE,
-            False, owner.max_packet_size + FRAME_MARGIN, None, 0,
+            None,
+            None,
+            False,
+            self._upgrade,
+            owner.ws_log,
+            True,
+            None,
+            False,
+            20,
+            20,
+            WSAutoPingStrategy.PING_WHEN_IDLE,
+            False,
+            owner.max_packet_size + FRAME_MARGIN,
+            None,
+            0,
         )
         self.owner = owner
         self.since = since
@@ -196,15 +213,15 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
 
     def get_buffer(self, hint: int) -> Any:
         """Where to put the next bytes; those of a refused peer go nowhere."""
-        return super().get_buffer(hint) if self._room >= 0 else memoryview(_SCRATCH)
+        return memoryview(_SCRATCH) if self._room < 0 and self.link is None else super().get_buffer(hint)
 
     def buffer_updated(self, count: int) -> None:
         """Bytes have arrived."""
         if self._early:
-            if self._room < 0:
+            if self._room < 0 and self.link is None:
                 return
             self._room -= count
-            if self.link is None and self._room < 0:
+            if self._room < 0 and self.link is None:
                 self._refuse_request()
                 return
             super().buffer_updated(count)
@@ -241,9 +258,10 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
         self._source.abort()
 
     def _refuse_request(self) -> None:
-        """Too long a request: answer, then swallow what still comes, because an early close would destroy the answer."""
+        """Too long a request: answer, then swallow what still comes; an early close would destroy the answer."""
         self._source.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
-        self.owner.report("websocket", f"{self.peer} sent an upgrade request of more than {LONGEST_REQUEST} bytes; refused")
+        text = f"{self.peer} sent an upgrade request of more than {LONGEST_REQUEST} bytes; refused"
+        self.owner.report("websocket", text)
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.owner.loop.call_later(1.0, self._source.abort)
@@ -275,7 +293,8 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
 
     def _refuse(self, status: HTTPStatus, text: str) -> WSUpgradeResponseWithListener:
         self.owner.report("websocket", f"{self.peer} {text}, listener {self.owner.name!r}; refused with {status.value}")
-        return WSUpgradeResponseWithListener(WSUpgradeResponse.create_error_response(status, status.phrase.encode()), None)
+        response = WSUpgradeResponse.create_error_response(status, status.phrase.encode())
+        return WSUpgradeResponseWithListener(response, None)
 
 
 class WebSocketLog:
@@ -307,6 +326,4 @@ class WebSocketLog:
 
     def exception(self, text: str, *args: object) -> None:
         """An error of ours, with its traceback."""
-        import logging
-
-        logging.getLogger(__name__).exception(text, *args)
+        log.exception(text, *args)

@@ -155,7 +155,7 @@ def adapt(instance: Instance, settings: Settings) -> Assignment:
     ]
     if any(getattr(line, "direction", None) == "both" for line in getattr(instance.config, "topics", ())):
         problems.append(
-            f"{instance.origin}: {assignment.key}.topics: direction \"both\" needs Isthmus itself, "
+            f'{instance.origin}: {assignment.key}.topics: direction "both" needs Isthmus itself, '
             "which knows where a message came from; elsewhere it would go round in circles"
         )
     if problems:

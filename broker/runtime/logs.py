@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import structlog
 
 PER_SECOND = 10
 """Lines of one category a second; the rest is summed up in one line (R-12)."""
 
-Format = Literal["text", "json"]
 
 _OWN = "isthmus"
 """Marks our handler, so that configuring twice never writes a line twice."""
 
 
-def configure(format: Format = "text", level: str = "info", stream: TextIO | None = None) -> None:
+def configure(format: str = "text", level: str = "info", stream: TextIO | None = None) -> None:
     """Send the log lines of every logger to `stream` (standard error) as text or as one JSON object a line.
 
     `level` is debug, info, warning or error. May be called again to change either.
@@ -73,7 +74,11 @@ class Limited:
     """Lets through `PER_SECOND` lines a second and then says how many more there were."""
 
     def __init__(
-        self, logger: logging.Logger, category: str, per_second: int, clock: Callable[[], float] = time.monotonic
+        self,
+        logger: logging.Logger,
+        category: str,
+        per_second: int = PER_SECOND,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._logger = logger
         self._category = category
@@ -94,11 +99,14 @@ class Limited:
         self._count += 1
         if self._count <= self._per_second:
             self._logger.log(level, message, *arguments, stacklevel=3, **options)
-        else:
-            self._level = max(self._level, level)
+            return
+        self._level = max(self._level, level)
+        if self._count == self._per_second + 1:
+            with contextlib.suppress(RuntimeError):  # without a running loop the next line does it
+                asyncio.get_running_loop().call_later(1.0, self.flush)
 
     def flush(self) -> None:
-        """Say how many lines were left out, if any were; the next line in a later second does it too."""
+        """Say how many lines were left out, if any were. Happens by itself a second later."""
         left_out = self._count - self._per_second
         self._count = 0
         if left_out > 0:
@@ -122,14 +130,16 @@ class Limited:
         self.log(logging.ERROR, message, *arguments, **options)
 
 
-def limited(
-    logger: logging.Logger,
-    category: str,
-    per_second: int = PER_SECOND,
-    clock: Callable[[], float] = time.monotonic,
-) -> Limited:
-    """A limited voice of `logger` for lines that outsiders can cause, such as refused connections.
+_voices: dict[tuple[str, str], Limited] = {}
+"""The limit belongs to the log, and a process has one log, however many brokers it runs."""
 
-    Keep the result: it counts. `category` names the lines in the summary.
+
+def limited(logger: logging.Logger, category: str, text: str | None = None) -> Limited:
+    """The limited voice of `logger` for lines that outsiders can cause, such as refused connections.
+
+    `category` is a fixed word that names the lines in the summary. With `text`, logs it as a warning at once.
     """
-    return Limited(logger, category, per_second, clock)
+    voice = _voices.setdefault((logger.name, category), Limited(logger, category))
+    if text is not None:
+        voice.log(logging.WARNING, "%s", text)
+    return voice

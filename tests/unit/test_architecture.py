@@ -35,7 +35,8 @@ BACKENDS = {
     "sinks": {"connectors", "mqtt"} | EDGES,
     "bridges": {"connectors", "client", "mqtt"} | EDGES,
 }
-TOP = {"app", "cli", "__main__", "__init__"}
+TOP = {"app", "identity", "cli", "__main__", "__init__"}
+FRAGMENTS = "broker/defaults/conf.d/"
 
 
 def sources(room: str) -> list[Path]:
@@ -76,7 +77,11 @@ def wrong_imports(paths: list[Path], own: str | None, allowed: set[str]) -> list
         for line, name in imports(path):
             where = f"{path.relative_to(ROOT)}:{line}: {name}"
             room = room_of(name)
-            if (room is not None and room != own and room not in allowed) or name.split(".")[0] in BACKENDS and own is not None:
+            if (
+                (room is not None and room != own and room not in allowed)
+                or name.split(".")[0] in BACKENDS
+                and own is not None
+            ):
                 wrong.append(where)
     return sorted(set(wrong))
 
@@ -100,7 +105,7 @@ def test_a_backend_imports_neither_engine_nor_net_nor_another_backend(room: str)
 
 def test_every_room_is_known_to_this_test() -> None:
     rooms = {p.name if p.is_dir() else p.stem for p in (ROOT / "broker").iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert rooms - set(ALLOWED) - TOP - {"__pycache__", "conf.d"} == set()
+    assert rooms - set(ALLOWED) - TOP - {"__pycache__"} == set()
 
 
 def test_only_the_application_knows_every_room() -> None:
@@ -158,8 +163,8 @@ def test_the_wheel_holds_the_four_packages_and_the_fragments_and_nothing_else(tm
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names if ".dist-info/" not in n}
     assert tops == {"broker", "auth", "bridges", "sinks"}
-    suffixes = {Path(n).suffix for n in names if ".dist-info/" not in n and not n.startswith("broker/conf.d/")}
+    suffixes = {Path(n).suffix for n in names if ".dist-info/" not in n and not n.startswith(FRAGMENTS)}
     assert suffixes <= {".py", ".typed"}
-    shipped = {n.removeprefix("broker/conf.d/") for n in names if n.startswith("broker/conf.d/")}
+    shipped = {n.removeprefix(FRAGMENTS) for n in names if n.startswith(FRAGMENTS)}
     assert shipped == {p.name for p in (ROOT / "conf.d").iterdir() if p.is_file()}
     assert "00-broker.toml" in shipped

@@ -15,6 +15,13 @@ from broker.mqtt.packets import Publish
 from broker.mqtt.properties import user_property
 
 
+async def until(holds: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for something that tells nobody when it happens."""
+    async with asyncio.timeout(seconds):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
 class Session:
     """What the broker remembers of one client id."""
 
@@ -82,7 +89,9 @@ class FakeBroker:
             await self.news.wait_for(happened)
 
     async def until_attached(self, client_id: str, times: int = 1) -> None:
-        await self.until(lambda: self.session(client_id).connects >= times and self.session(client_id).writer is not None)
+        await self.until(
+            lambda: self.session(client_id).connects >= times and self.session(client_id).writer is not None
+        )
 
     async def until_answered(self, client_id: str) -> None:
         await self.until(lambda: client_id in self.sessions and not self.sessions[client_id].unanswered)
@@ -171,7 +180,18 @@ def metadata(clientid: str = "device", msgid: str = "0" * 32, **more: Any) -> by
     """What our broker adds to a message."""
     import json
 
-    value = {"c": clientid, "u": None, "a": "127.0.0.1", "t": 1, "i": msgid, "q": 1, "r": 0, "o": None, "h": 0, "n": "n"}
+    value = {
+        "c": clientid,
+        "u": None,
+        "a": "127.0.0.1",
+        "t": 1,
+        "i": msgid,
+        "q": 1,
+        "r": 0,
+        "o": None,
+        "h": 0,
+        "n": "n",
+    }
     return user_property("$isthmus", json.dumps(value | more))
 
 

@@ -1,0 +1,369 @@
+"""The engine's gate: who may connect, publish, subscribe and receive.
+
+Answers at once whatever needs no backend: anonymous clients, refusals without credentials, cached verdicts, and every
+question about topics. Everything else is a task that ends with exactly one `accept` or `refuse`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from broker.access.chain import BAD_CREDENTIALS, BUSY, NOT_AUTHORIZED, UNAVAILABLE, Chain, Decision
+from broker.access.guard import Guard
+from broker.access.principal import Principal
+from broker.access.refresh import Refresher
+from broker.access.rules import PUBLISH, SUBSCRIBE, RuleSet, without_share
+from broker.extend.auth import Client, Grant, Rule
+from broker.runtime.logs import limited
+
+logger = logging.getLogger(__name__)
+
+RESERVED = "isthmus/"
+"""Client ids of workers: ``isthmus/<instance>/<lane>``; only the internal listener lets them in."""
+COMPILED = 4_096
+"""Compiled rule lists kept; users with the same groups share one."""
+
+_NO_IDENTITY: Mapping[str, str] = {}
+
+
+class AccessError(Exception):
+    """The access configuration cannot be put into force; the text names the table and what to do."""
+
+
+class AccessGate:
+    """Built empty, it refuses everybody; `replace` gives it a configuration, the first time and at each reload."""
+
+    def __init__(self, settings: Any = None) -> None:
+        self.counters: Counter[str] = Counter()
+        self.rights_changed: Callable[[str | None], Any] | None = None
+        """Set by the application: the engine forgets cached rights of one client id, or of all."""
+        self.kick: Callable[[str, int], Any] | None = None
+        """Set by the application: closes a client's connection with a reason code."""
+        self.generation = 0
+        self._settings = settings
+        self._allow_anonymous = False
+        self._no_match = 0
+        self._instances: dict[str, tuple[Any, Guard]] = {}
+        self._order: tuple[str, ...] = ()
+        self._explicit = True
+        self._chains: dict[tuple[str, ...] | None, Chain] = {}
+        self._compiled: dict[tuple[Rule, ...], RuleSet] = {}
+        self._pending: dict[Any, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._refresher = Refresher(self)
+        self._refused = limited(logger, "a client was refused")
+        self._unsafe = limited(logger, "an identity that may not stand in a topic")
+
+    # configuration --------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Put the settings given to the constructor into force."""
+        await self.replace(self._settings)
+
+    async def replace(self, settings: Any) -> None:
+        """Open what is new or changed, then switch over at once. Raises AccessError and changes nothing when a backend
+        cannot be opened."""
+        fresh: dict[str, tuple[Any, Guard]] = {}
+        opened: list[Guard] = []
+        try:
+            for name, instance in settings.auth.items():
+                if not instance.enabled:
+                    continue
+                kept = self._instances.get(name)
+                if kept is not None and _same(kept, instance, settings, self._settings):
+                    fresh[name] = kept
+                    continue
+                guard = await open_guard(instance, settings.access)
+                opened.append(guard)
+                fresh[name] = (instance, guard)
+            order = settings.access.order
+            names = tuple(fresh) if order is None else tuple(order)
+            missing = [name for name in names if name not in fresh]
+            if missing:
+                raise AccessError(f"access.order: there is no [auth.{missing[0]}]")
+        except BaseException:
+            for guard in opened:
+                await self._close_guard(guard)
+            raise
+        old = self._instances
+        self._settings = settings
+        self._instances = fresh
+        self._order = names
+        self._explicit = order is not None or bool(fresh)
+        self._allow_anonymous = settings.access.allow_anonymous
+        self._no_match = int(settings.access.no_match == "allow")
+        self._chains.clear()
+        self._compiled.clear()
+        self.generation += 1
+        self._refresher.changed({name for name, kept in fresh.items() if old.get(name, (None, None))[1] is not kept[1]})
+        for name, (_, guard) in old.items():
+            if name not in fresh or fresh[name][1] is not guard:
+                task = asyncio.create_task(self._close_guard(guard))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+        if self.rights_changed is not None:
+            self.rights_changed(None)
+
+    async def close(self) -> None:
+        """Drop pending answers and close every backend."""
+        self._refresher.close()
+        tasks = list(self._pending.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+        self._pending.clear()
+        instances, self._instances = self._instances, {}
+        self._chains.clear()
+        self._order = ()
+        await asyncio.gather(*(self._close_guard(guard) for _, guard in instances.values()), *self._closing)
+
+    async def _close_guard(self, guard: Guard) -> None:
+        try:
+            await guard.close()
+        except Exception as error:
+            logger.warning("auth.%s: closing failed: %s", guard.name, type(error).__name__)
+
+    # the engine asks ------------------------------------------------------------------------------------------------
+
+    def authenticate(self, channel: Any, connect: Any) -> None:
+        """Answers `channel.accept(principal)` or `channel.refuse(code)` exactly once, now or later."""
+        listener = channel.listener
+        if listener.privileged:
+            channel.accept(_worker(connect.client_id, channel.peerhost))
+            return
+        identity = channel.identity or _NO_IDENTITY
+        proved = identity.get("username")
+        username = proved or connect.username
+        password = connect.password
+        if proved is None and username is None and password is None and self._allow_anonymous:
+            channel.accept(self._principal(connect.client_id, None, channel, identity))
+            self.counters["accepted"] += 1
+            return
+        client = Client(connect.client_id, username, channel.peerhost, listener.name, identity)
+        chain = self.chain(listener.auth)
+        if password is None:
+            if proved is None:
+                self._finish(channel, client, _without_password(client))
+                return
+        elif not username:
+            self._finish(channel, client, Decision(BAD_CREDENTIALS, "a password without a user name"))
+            return
+        else:
+            decision = chain.known(client, password)
+            if decision is not None:
+                self._finish(channel, client, decision)
+                return
+        task = asyncio.get_running_loop().create_task(self._decide(channel, client, chain, password))
+        self._pending[channel] = task
+
+    def cancel(self, channel: Any) -> None:
+        """The connection is gone: the answer is no longer wanted, and the call behind it neither."""
+        task = self._pending.pop(channel, None)
+        if task is not None:
+            task.cancel()
+
+    def may_publish(self, principal: Any, topic: str) -> int:
+        """1 or 0, from local rules only."""
+        return self._may(principal, PUBLISH, topic)
+
+    def may_subscribe(self, principal: Any, filter: str) -> int:
+        """1 when the whole filter is covered by an allowing rule that no earlier denying rule covers too."""
+        return self._may(principal, SUBSCRIBE, without_share(filter))
+
+    def may_receive(self, principal: Any, topic: str) -> int:
+        """1 when a message on this topic may reach the client, whatever filter it came through."""
+        return self._may(principal, SUBSCRIBE, topic)
+
+    def _may(self, principal: Any, action: int, topic: str) -> int:
+        if principal.superuser:
+            return 1
+        if principal.generation != self.generation:
+            self._look_up(principal)
+        if principal.expires_at is not None and time.time() >= principal.expires_at:
+            return 0
+        parts = topic.split("/")
+        for rules in principal.sources:
+            found = rules.find(action, topic, parts, principal)
+            if found is not None:
+                return int(found.allow)
+        return self._no_match
+
+    # for the application --------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """By instance: ``{"state": "ok|failing|open", "last_error": …, …}``, without secrets."""
+        return {name: guard.status() for name, (_, guard) in self._instances.items()}
+
+    def purge(self, username: str | None = None) -> int:
+        """Forget cached verdicts about a user name (None: all); returns how many."""
+        return sum(guard.cache.purge(username) for _, guard in self._instances.values())
+
+    async def check(self) -> None:
+        """One real round trip to every backend; raises BackendUnavailable."""
+        for _, guard in self._instances.values():
+            await guard.backend.check()
+
+    def guard(self, name: str | None) -> Guard | None:
+        """The guard of an instance."""
+        found = self._instances.get(name) if name is not None else None
+        return found[1] if found is not None else None
+
+    def chain(self, names: tuple[str, ...] | None) -> Chain:
+        """The backends that decide where a listener names these (None: the general order)."""
+        chain = self._chains.get(names)
+        if chain is None:
+            wanted = self._order if names is None else names
+            guards = tuple(self._instances[name][1] for name in wanted if name in self._instances)
+            explicit = self._explicit if names is None else True
+            chain = self._chains[names] = Chain(guards, explicit=explicit)
+        return chain
+
+    def apply(self, principal: Principal, grant: Grant) -> bool:
+        """Give a live client new rights; whether they differ from what it had."""
+        rules = tuple(grant.rules)
+        attributes = _attributes(grant)
+        if (rules, attributes, grant.superuser) == (principal.own_rules, principal.attributes, principal.superuser):
+            return False
+        principal.own_rules = rules
+        principal.attributes = attributes
+        principal.superuser = grant.superuser
+        principal.forget()
+        if self.rights_changed is not None:
+            self.rights_changed(principal.clientid)
+        return True
+
+    # inside ---------------------------------------------------------------------------------------------------------
+
+    async def _decide(self, channel: Any, client: Client, chain: Chain, password: bytes | None) -> None:
+        try:
+            decision = await (chain.identify(client) if password is None else chain.decide(client, password))
+        except Exception:
+            logger.exception("deciding about a client failed")
+            decision = Decision(UNAVAILABLE, "internal error")
+        if self._pending.pop(channel, None) is not None:
+            self._finish(channel, client, decision)
+
+    def _finish(self, channel: Any, client: Client, decision: Decision) -> None:
+        if decision.code:
+            self.counters[_COUNTERS[decision.code]] += 1
+            self._refused.warning(
+                "client %r (user %r) from %s refused on listener %s: %s",
+                client.clientid, client.username, channel.peer, client.listener, decision.reason,
+            )  # fmt: skip
+            channel.refuse(decision.code)
+            return
+        self.counters["accepted"] += 1
+        principal = self._principal(client.clientid, client.username, channel, client.certificate, decision)
+        channel.accept(principal)
+        self._refresher.watch(principal)
+
+    def _principal(
+        self, clientid: str, username: str | None, channel: Any, identity: Mapping[str, str], decision: Decision | None = None
+    ) -> Principal:
+        grant = decision.grant if decision is not None else Grant()
+        return Principal(
+            clientid, username,
+            peerhost=channel.peerhost, listener=channel.listener.name, auth=channel.listener.auth,
+            backend=decision.backend if decision is not None else None,
+            superuser=grant.superuser, attributes=_attributes(grant), own_rules=tuple(grant.rules),
+            expires_at=grant.expires_at, certificate=identity, audit=self._audit,
+        )  # fmt: skip
+
+    def _look_up(self, principal: Principal) -> None:
+        sources: list[RuleSet] = []
+        for guard in self.chain(principal.auth).guards:
+            if guard.name == principal.backend and principal.own_rules:
+                sources.append(self._compile(tuple(principal.own_rules)))
+            if guard.common is not None:
+                sources.append(guard.common)
+        principal.sources = tuple(sources)
+        principal.rendered = None
+        principal.generation = self.generation
+
+    def _compile(self, rules: tuple[Rule, ...]) -> RuleSet:
+        found = self._compiled.get(rules)
+        if found is None:
+            if len(self._compiled) >= COMPILED:
+                self._compiled.clear()
+            try:
+                found = RuleSet(rules)
+            except ValueError as error:
+                logger.error("rules of a backend are not valid, all of them are left out: %s", error)
+                found = RuleSet([Rule(False, "all", None)])
+            self._compiled[rules] = found
+        return found
+
+    def _audit(self, principal: Principal, name: str, value: str) -> None:
+        self.counters["unsafe_identity"] += 1
+        self._unsafe.warning(
+            "client %r (user %r) from %s: its %s may not stand in a topic, rules with ${%s} do not apply to it",
+            principal.clientid, principal.username, principal.peerhost, name, name,
+        )  # fmt: skip
+
+
+_COUNTERS = {
+    BAD_CREDENTIALS: "refused_credentials",
+    NOT_AUTHORIZED: "refused_not_authorized",
+    UNAVAILABLE: "refused_unavailable",
+    BUSY: "refused_busy",
+}
+
+
+async def open_guard(instance: Any, access: Any) -> Guard:
+    """Open one instance. Raises AccessError with the instance, where it is written and what is wrong."""
+    config = instance.config
+    try:
+        backend = await instance.backend.open(config)
+        return Guard(
+            instance.name, backend,
+            timeout=_or(config.timeout, access.timeout),
+            max_concurrent=_or(config.max_concurrent, access.max_concurrent),
+            cache_ttl=_or(config.cache_ttl, access.cache_ttl),
+            negative_cache_ttl=_or(config.negative_cache_ttl, access.negative_cache_ttl),
+            stale_if_error=config.stale_if_error,
+            refresh=0.0 if getattr(backend, "reopen_on_reload", False) else config.refresh,
+            on_error=_or(config.on_error, access.on_error),
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError) as error:
+        raise AccessError(f"{instance.origin}: auth.{instance.name}: {error}") from error
+
+
+def _same(kept: tuple[Any, Guard], instance: Any, settings: Any, before: Any) -> bool:
+    old, guard = kept
+    return (
+        not getattr(guard.backend, "reopen_on_reload", False)
+        and before is not None
+        and settings.access == before.access
+        and old.kind == instance.kind
+        and old.raw == instance.raw
+        and getattr(old, "fingerprint", "") == getattr(instance, "fingerprint", "")
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _attributes(grant: Grant) -> dict[str, str]:
+    return {name.lower(): value for name, value in grant.attributes.items()}
+
+
+def _without_password(client: Client) -> Decision:
+    if client.username is None:
+        return Decision(NOT_AUTHORIZED, "neither user name nor password, and [access] allow_anonymous is false")
+    return Decision(BAD_CREDENTIALS, "a user name without a password")
+
+
+def _worker(clientid: str, peerhost: str) -> Principal:
+    origin = clientid.split("/")[1] if clientid.startswith(RESERVED) else None
+    name = f"{RESERVED}{origin}" if origin else None
+    return Principal(clientid, name, peerhost=peerhost, superuser=True, privileged=True, origin=origin)
+
+
+__all__ = ["AccessError", "AccessGate", "open_guard"]

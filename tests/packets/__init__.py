@@ -1,0 +1,1 @@
+"""Packets that every room's tests share."""

@@ -1,0 +1,175 @@
+"""TCP and Unix connections: what reaches the channel, and what does not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.net.connection import foreign_speech, peer_of
+from tests.unit.net.fakes import CONNECT, Channel, Engine, config
+
+
+async def test_every_read_reaches_the_channel_in_order(listeners: Any, engine: Engine, connect: Any) -> None:
+    client = await connect(await listeners.open("tcp", config("tcp")))
+    channel = await engine.channel()
+    sent = b""
+    for part in (CONNECT, b"\xc0\x00", bytes(range(256)) * 40):
+        await client.send(part)
+        sent += part
+        await channel.until(lambda: channel.received == sent)  # noqa: B023
+    assert channel.listener.name == "tcp"
+    assert channel.listener.kind == "tcp"
+
+
+async def test_after_the_first_read_the_transport_calls_the_channel_itself(
+    listeners: Any, engine: Engine, connect: Any
+) -> None:
+    client = await connect(await listeners.open("tcp", config("tcp")))
+    channel = await engine.channel()
+    await client.send(CONNECT)
+    await channel.until(lambda: bool(channel.reads))
+    protocol = channel.link.get_protocol()
+    assert protocol.data_received == channel.feed
+
+
+async def test_the_engine_is_given_the_transport_itself(listeners: Any, engine: Engine, connect: Any) -> None:
+    client = await connect(await listeners.open("tcp", config("tcp")))
+    channel = await engine.channel()
+    assert isinstance(channel.link, asyncio.Transport) or type(channel.link).__module__.startswith("uvloop")
+    channel.link.write(b"\x20\x02\x00\x00")
+    assert await client.reader.readexactly(4) == b"\x20\x02\x00\x00"
+
+
+async def test_the_peer_is_named_by_address_and_port(listeners: Any, engine: Engine, connect: Any) -> None:
+    client = await connect(await listeners.open("tcp", config("tcp")))
+    channel = await engine.channel()
+    assert channel.peer == "127.0.0.1:{}".format(client.writer.get_extra_info("sockname")[1])
+
+
+def test_an_ipv6_peer_has_no_brackets_so_that_its_address_precedes_the_last_colon() -> None:
+    assert peer_of(("::1", 1234, 0, 0)) == "::1:1234"
+    assert peer_of(None) == "unknown:0"
+
+
+async def test_the_deadline_counts_from_the_accept(listeners: Any, engine: Engine, connect: Any) -> None:
+    before = asyncio.get_running_loop().time()
+    await connect(await listeners.open("tcp", config("tcp")))
+    channel = await engine.channel()
+    assert before - 0.002 <= channel.accepted_at <= asyncio.get_running_loop().time()
+
+
+async def test_small_packets_are_not_delayed_by_the_kernel(listeners: Any, engine: Engine, connect: Any) -> None:
+    await connect(await listeners.open("tcp", config("tcp")))
+    sock = (await engine.channel()).link.get_extra_info("socket")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
+async def test_a_client_that_hangs_up_is_reported_to_the_channel_and_no_longer_counted(
+    listeners: Any, engine: Engine, connect: Any
+) -> None:
+    listener = await listeners.open("tcp", config("tcp"))
+    client = await connect(listener)
+    channel = await engine.channel()
+    assert (listener.connections, listeners.connections) == (1, 1)
+    client.writer.close()
+    async with asyncio.timeout(5):
+        await channel.gone
+    assert (listener.connections, listeners.connections) == (0, 0)
+
+
+async def test_a_client_that_ends_its_sending_side_is_closed(listeners: Any, engine: Engine, connect: Any) -> None:
+    client = await connect(await listeners.open("tcp", config("tcp")))
+    await engine.channel()
+    client.writer.write_eof()
+    assert await client.closed() == b""
+
+
+async def test_a_slow_reader_is_announced_and_its_recovery_too(  # R-04
+    listeners: Any, engine: Engine, connect: Any
+) -> None:
+    client = await connect(await listeners.open("tcp", config("tcp")), limit=1024)
+    channel = await engine.channel()
+    while "pause_writing" not in channel.calls:
+        channel.link.write(bytes(1 << 20))
+    client.reader._limit = 1 << 30  # the client reads again
+    reading = asyncio.ensure_future(client.reader.read(-1))
+    await channel.until(lambda: channel.calls == ["pause_writing", "resume_writing"])
+    reading.cancel()
+
+
+async def test_r05_a_peer_that_never_reads_is_aborted_within_five_seconds(listeners: Any, engine: Engine) -> None:
+    listener = await listeners.open("tcp", config("tcp"))
+    with socket.socket() as peer:
+        peer.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(peer, ("127.0.0.1", listener.port))
+        channel = await engine.channel()
+        while "pause_writing" not in channel.calls:
+            channel.link.write(bytes(1 << 20))
+        channel.link.close()
+        async with asyncio.timeout(5):
+            await channel.gone
+    assert listeners.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "TLS"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "HTTP"),
+        (b"POST /mqtt HTTP/1.1\r\n\r\n", "HTTP"),
+    ],
+)
+async def test_p66_p77_what_is_not_mqtt_is_closed_with_one_line(
+    listeners: Any, engine: Engine, connect: Any, data: bytes, word: str
+) -> None:
+    client = await connect(await listeners.open("tcp", config("tcp")))
+    channel = await engine.channel()
+    await client.send(data)
+    assert await client.closed() == b""
+    assert channel.reads == []
+    ((category, text),) = engine.reports
+    assert category == "not_mqtt"
+    assert word in text
+    assert "'tcp'" in text
+    assert channel.peer in text
+
+
+def test_a_connect_packet_is_no_foreign_speech() -> None:
+    assert foreign_speech(CONNECT, secure=False) is None
+    assert foreign_speech(b"\x16\x03\x01", secure=True) is None
+
+
+async def test_a_unix_peer_is_named_by_its_user_id(
+    listeners: Any, engine: Engine, connect: Any, tmp_path: Path
+) -> None:
+    client = await connect(await listeners.open("local", config("unix", path=str(tmp_path / "m.sock"))))
+    channel = await engine.channel()
+    assert channel.peer == f"unix:{os.getuid()}"
+    await client.send(CONNECT)
+    await channel.until(lambda: channel.received == CONNECT)
+
+
+async def test_a_socket_accepted_elsewhere_is_adopted_with_the_bytes_already_read(
+    listeners: Any, engine: Engine
+) -> None:
+    listener = await listeners.open("tcp", config("tcp"))
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname())
+    accepted, _ = server.accept()
+    server.close()
+    await listeners.adopt(accepted, CONNECT[:5], name="tcp")
+    channel: Channel = await engine.channel()
+    assert channel.received == CONNECT[:5]
+    client.sendall(CONNECT[5:])
+    await channel.until(lambda: channel.received == CONNECT)
+    assert channel.peer == f"127.0.0.1:{client.getsockname()[1]}"
+    assert listener.connections == 1
+    client.close()
+    async with asyncio.timeout(5):
+        await channel.gone
+    assert listener.connections == 0

@@ -1,0 +1,344 @@
+"""Worker processes: started, spread, killed, parked. The processes are real, the broker keeps sessions only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sinks
+from broker.config.settings import Instance, restore
+from broker.runtime import process as process_module
+from broker.runtime.busy import BusyPage
+from broker.runtime.supervisor import Supervisor
+from tests.unit.runtime.fakes import FakeBroker, fake_broker, until
+
+SINK_CODE = '''
+import asyncio, os, signal, time
+from broker.extend.registry import Backend
+from broker.extend.sink import SinkConfig
+class Config(SinkConfig):
+    out: str
+    """A file that gets every payload."""
+    slow: float = 0.0
+class Sink:
+    def __init__(self, config):
+        self._config = config
+    async def write(self, batch):
+        open(self._config.out + ".entered", "wb").close()
+        for record in batch:
+            if record.payload == b"abort":
+                os.abort()
+            if record.payload == b"exit":
+                os._exit(7)
+            if record.payload == b"block":
+                time.sleep(60)
+        if self._config.slow:
+            await asyncio.sleep(self._config.slow)
+        with open(self._config.out, "ab") as out:
+            out.write(b"".join(record.payload + b"\\n" for record in batch))
+    async def check(self): pass
+    async def close(self): pass
+async def open_sink(config):
+    return Sink(config)
+BACKEND = Backend("sinks.scribe", Config, open_sink)
+'''
+
+
+@pytest.fixture(autouse=True)
+def _kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sinks.scribe`, here and in every worker."""
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    (folder / "scribe.py").write_text(SINK_CODE)
+    (folder / "sitecustomize.py").write_text(f"import sinks\nsinks.__path__.append({str(folder)!r})\n")
+    monkeypatch.setattr(sinks, "__path__", [*sinks.__path__, str(folder)])
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+class Rig:
+    def __init__(self, broker: FakeBroker, tmp_path: Path) -> None:
+        self.broker = broker
+        self.folder = tmp_path
+        self.alarms: list[tuple[str, str]] = []
+        self.supervisor = Supervisor(
+            broker.path, "n1", "json", "info", on_alarm=lambda key, text: self.alarms.append((key, text))
+        )
+
+    def instance(self, name: str, **raw: Any) -> Instance:
+        out = str(self.folder / f"{name}.out")
+        return restore("sinks", name, {"kind": "scribe", "filters": ["#"], "out": out, **raw}, self.folder)
+
+    async def apply(self, *instances: Instance, processes: int = 1) -> None:
+        await self.supervisor.apply({i.name: i for i in instances}, {}, processes, self.folder)
+
+    def status(self, name: str) -> dict[str, Any]:
+        return self.supervisor.status()["sinks"][name]
+
+    async def running(self, *names: str) -> None:
+        await until(lambda: all(self.status(name)["state"] == "running" for name in names), 20)
+
+    def written(self, name: str) -> list[bytes]:
+        try:
+            return (self.folder / f"{name}.out").read_bytes().split()
+        except FileNotFoundError:
+            return []
+
+    def deliver(self, name: str, payload: bytes) -> None:
+        self.broker.deliver(f"isthmus/{name}/0", "a", payload)
+
+
+@pytest.fixture
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with fake_broker(tmp_path / "internal.sock") as broker:
+        rig = Rig(broker, tmp_path)
+        try:
+            yield rig
+        finally:
+            await rig.supervisor.close(1)
+
+
+async def test_a_worker_runs_what_it_is_given_and_tells_how_it_goes(rig: Rig) -> None:
+    await rig.apply(rig.instance("a"))
+    assert rig.status("a")["state"] == "connecting"
+    await rig.running("a")
+    rig.deliver("a", b"1")
+    await rig.broker.until_answered("isthmus/a/0")
+    assert rig.written("a") == [b"1"]
+    await until(lambda: rig.status("a")["acked"] == 1, 2)
+    assert rig.status("a")["worker"] == "1"
+    assert rig.status("a")["pid"] == rig.supervisor.pids()["1"] != os.getpid()
+
+
+async def test_without_processes_the_broker_runs_them_itself(rig: Rig) -> None:
+    await rig.apply(rig.instance("a", worker="special"), processes=0)
+    await rig.running("a")
+    assert rig.status("a")["pid"] == os.getpid()
+    assert rig.supervisor.pids() == {}
+    rig.deliver("a", b"1")
+    await rig.broker.until_answered("isthmus/a/0")
+    await rig.supervisor.pause("a")
+    assert rig.status("a")["state"] == "paused"
+    await rig.apply(rig.instance("a"), processes=1)
+    await until(lambda: rig.status("a")["pid"] != os.getpid() and rig.supervisor.pids() != {}, 5)
+    await until(lambda: rig.status("a").get("in_flight") == 0, 10)
+    assert rig.status("a")["state"] == "paused", "a pause outlives the move"
+
+
+async def test_instances_are_spread_over_processes_and_named_workers(rig: Rig) -> None:
+    instances = [rig.instance("a"), rig.instance("b"), rig.instance("c", worker="own")]
+    await rig.apply(*instances, processes=2)
+    await rig.running("a", "b", "c")
+    pids = rig.supervisor.pids()
+    assert set(pids) == {"1", "2", "own"}
+    assert {rig.status(n)["worker"] for n in "ab"} == {"1", "2"}
+    assert rig.status("c")["pid"] == pids["own"]
+    await rig.apply(*instances[1:], processes=2)
+    assert rig.supervisor.pids()[rig.status("b")["worker"]] == pids[rig.status("b")["worker"]]
+    assert len(rig.supervisor.pids()) == 2, "a worker without instances ends"
+
+
+async def test_applying_touches_only_what_differs(rig: Rig) -> None:
+    await rig.apply(rig.instance("a"), rig.instance("b"))
+    await rig.running("a", "b")
+    pid = rig.status("a")["pid"]
+    for slow in range(1, 4):
+        await rig.apply(rig.instance("a"), rig.instance("b", slow=slow / 1000))
+        await rig.broker.until_attached("isthmus/b/0", times=slow + 1)
+    await rig.running("a", "b")
+    assert rig.status("a")["pid"] == pid
+    assert rig.broker.session("isthmus/a/0").connects == 1
+
+
+async def test_b17_a_killed_worker_is_attached_again_within_two_seconds_and_nothing_is_missing(
+    rig: Rig,
+) -> None:  # B-17, S-02
+    await rig.apply(rig.instance("a"))
+    await rig.running("a")
+    sent = 0
+    for times in range(2, 6):  # more than an instance may cause: a kill from outside is nobody's fault
+        pid = rig.status("a")["pid"]
+        for _ in range(50):
+            rig.deliver("a", str(sent).encode())
+            sent += 1
+        os.kill(pid, signal.SIGKILL)
+        rig.deliver("a", str(sent).encode())
+        sent += 1
+        await rig.broker.until_attached("isthmus/a/0", times)
+        await rig.broker.until_answered("isthmus/a/0")
+        await rig.running("a")
+        await asyncio.sleep(1.1)  # it counts as steady after a second
+    assert {int(p) for p in rig.written("a")} == set(range(sent))
+    assert rig.alarms == []
+
+
+async def test_the_first_restart_comes_at_once(rig: Rig) -> None:
+    await rig.apply(rig.instance("a"))
+    await rig.running("a")
+    loop = asyncio.get_running_loop()
+    os.kill(rig.status("a")["pid"], signal.SIGKILL)
+    began = loop.time()
+    await rig.broker.until_attached("isthmus/a/0", 2)
+    assert loop.time() - began < 2.0
+
+
+@pytest.mark.parametrize("poison", [b"abort", b"exit"])
+async def test_an_instance_that_kills_its_worker_is_parked_and_its_neighbours_go_on(rig: Rig, poison: bytes) -> None:
+    await rig.apply(rig.instance("bad"), rig.instance("good"))
+    await rig.running("bad", "good")
+    rig.deliver("bad", poison)
+    await until(lambda: rig.status("bad")["state"] == "parked", 30)
+    assert [key for key, _ in rig.alarms] == ["sinks.bad"]
+    assert "SIGABRT" in rig.status("bad")["alarm"] or "exit code 7" in rig.status("bad")["alarm"]
+    await rig.running("good")
+    assert rig.broker.session("isthmus/bad/0").connects == 4, "more than three deaths within a minute"
+    for i in range(10):
+        rig.deliver("good", str(i).encode())
+    await rig.broker.until_answered("isthmus/good/0")
+    pid = rig.status("good")["pid"]
+    rig.broker.session("isthmus/bad/0").unanswered.clear()
+    rig.deliver("bad", b"fine")
+    await rig.supervisor.resume("bad")
+    await rig.running("bad", "good")
+    await rig.broker.until_answered("isthmus/bad/0")
+    assert rig.written("bad") == [b"fine"]
+    assert rig.status("good")["pid"] == pid, "bringing it back disturbs nobody"
+
+
+async def test_a_change_brings_a_parked_instance_back_even_when_it_was_alone(rig: Rig) -> None:
+    await rig.apply(rig.instance("bad"))
+    await rig.running("bad")
+    rig.deliver("bad", b"abort")
+    await until(lambda: rig.status("bad")["state"] == "parked", 30)
+    await until(lambda: rig.supervisor.pids() == {}, 15)
+    rig.broker.session("isthmus/bad/0").unanswered.clear()
+    await rig.apply(rig.instance("bad", slow=0.001))
+    await rig.running("bad")
+
+
+async def test_a_worker_that_hangs_is_killed_and_started_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = process_module.WorkerProcess.__init__
+
+    def impatient(self: Any, *args: Any, **options: Any) -> None:
+        real(self, *args, **options, silent=3.0)
+
+    monkeypatch.setattr(process_module.WorkerProcess, "__init__", impatient)
+    await rig.apply(rig.instance("a"))
+    await rig.running("a")
+    pid = rig.status("a")["pid"]
+    rig.deliver("a", b"block")
+    await until(lambda: rig.status("a")["pid"] not in (pid, None), 15)
+    rig.broker.session("isthmus/a/0").unanswered.clear()
+
+
+async def test_s22_closing_lets_the_worker_finish_what_it_received(rig: Rig) -> None:  # S-22
+    await rig.apply(rig.instance("a", slow=0.3, batch={"max_records": 100}))
+    await rig.running("a")
+    for i in range(500):
+        rig.deliver("a", str(i).encode())
+    await until(lambda: rig.status("a")["in_flight"] > 100, 5)
+    pid = rig.status("a")["pid"]
+    await rig.supervisor.close(5)
+    assert len(rig.written("a")) == 500
+    await rig.broker.until(lambda: not rig.broker.session("isthmus/a/0").unanswered)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_a_worker_outlives_its_broker_only_for_the_write_under_way(rig: Rig) -> None:
+    await rig.apply(rig.instance("a", slow=0.5))
+    await rig.running("a")
+    pid = rig.status("a")["pid"]
+    rig.deliver("a", b"1")
+    await until((rig.folder / "a.out.entered").exists, 5)
+    worker = rig.supervisor._workers["1"]
+    assert worker._channel is not None
+    worker._closing = True  # keep the supervisor from starting another one
+    worker._channel._writer.transport.abort()
+    await until(lambda: not alive(pid), 10)
+    assert rig.written("a") == [b"1"]
+
+
+async def test_sigterm_to_a_worker_alone_is_survived(rig: Rig) -> None:
+    await rig.apply(rig.instance("a"))
+    await rig.running("a")
+    os.kill(rig.status("a")["pid"], signal.SIGTERM)
+    await rig.broker.until_attached("isthmus/a/0", 2)
+    rig.deliver("a", b"1")
+    await rig.broker.until_answered("isthmus/a/0")
+    assert rig.alarms == []
+
+
+async def test_pause_and_resume_reach_the_worker_and_outlive_it(rig: Rig) -> None:
+    await rig.apply(rig.instance("a"))
+    await rig.running("a")
+    await rig.supervisor.pause("a")
+    rig.deliver("a", b"1")
+    await until(lambda: rig.status("a")["in_flight"] == 1, 5)
+    assert rig.status("a")["state"] == "paused"
+    assert rig.written("a") == []
+    os.kill(rig.status("a")["pid"], signal.SIGKILL)
+    await rig.broker.until_attached("isthmus/a/0", 2)
+    await until(lambda: rig.status("a").get("in_flight") == 1, 5)
+    assert rig.status("a")["state"] == "paused"
+    await rig.supervisor.resume("sinks.a")
+    await rig.broker.until_answered("isthmus/a/0")
+    await rig.running("a")
+    with pytest.raises(LookupError, match="no sink or bridge"):
+        await rig.supervisor.pause("nobody")
+
+
+async def test_log_lines_of_a_worker_carry_the_instance_and_no_secret_is_on_its_command_line(
+    rig: Rig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    await rig.apply(rig.instance("a"), rig.instance("b", lanes=1, worker="x"))
+    await rig.running("a", "b")
+    assert b"broker.runtime.worker" in command_line(rig.status("a")["pid"])
+    assert b"a.out" not in command_line(rig.status("a")["pid"])
+    (rig.folder / "a.out").mkdir()  # the next write fails
+    rig.deliver("a", b"1")
+    await until(lambda: rig.status("a")["state"] == "retrying", 5)
+    assert "a.out" in rig.status("a")["last_error"]
+    captured = capfd.readouterr()
+    assert captured.out == "", "standard output belongs to the broker"
+    lines = [json.loads(line) for line in captured.err.splitlines() if line.startswith("{")]
+    assert any(line.get("instance") == "sinks.a" and "retrying" in line["event"] for line in lines)
+    rig.broker.session("isthmus/a/0").unanswered.clear()
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with contextlib.suppress(OSError):
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return False
+
+
+def test_the_page_names_the_slot_that_was_entered_last_and_not_left() -> None:
+    page = BusyPage.create()
+    first, second = page.marker(3), page.marker(7)
+    assert page.last() is None
+    with first:
+        with second, second:
+            assert page.last() == 7
+        assert page.last() == 3
+    assert page.last() is None
+    second.__enter__()
+    page.clear()
+    assert page.last() is None
+    with page.marker(None), page.marker(1 << 20):
+        assert page.last() is None
+    page.close()
