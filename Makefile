@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ROOMS := broker auth bridges sinks
 CODE := $(ROOMS) tests compose setup.py
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+BUILD := setup.py --quiet build_ext --inplace --parallel $(JOBS)
 NAME ?=
 ARGS ?=
 
@@ -17,15 +19,15 @@ help:  ## this list
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[all,test]'
+	ISTHMUS_COMPILE=never $(BIN)/python -m pip install --quiet --editable '.[all,test]'
 	touch $@
 
 setup: $(STAMP)  ## .venv with the compiled package; afterwards .venv/bin/isthmus exists
-	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python $(BUILD)
 	@$(BIN)/python -m tests.build report
 
 compile: $(STAMP)  ## compile the message path beside its sources; fails where it cannot
-	ISTHMUS_COMPILE=always $(BIN)/python setup.py --quiet build_ext --inplace
+	ISTHMUS_COMPILE=always $(BIN)/python $(BUILD)
 	@$(BIN)/python -m tests.build report --all
 
 pure:  ## remove the compiled files: everything runs interpreted

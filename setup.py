@@ -47,7 +47,7 @@ def extensions() -> list[Extension]:
     except ImportError as error:
         return refused("Cython is not installed", error)
     optional = MODE != "always"
-    arguments = ["-O3", "-fno-strict-aliasing"] if os.name == "posix" else []
+    arguments = ["-O3", "-fno-strict-aliasing", "-w"] if os.name == "posix" else []  # -w: the C is not ours to mend
     wanted = [
         Extension(name, [name.replace(".", "/") + ".py"], optional=optional, extra_compile_args=arguments)
         for name in compiled_modules()

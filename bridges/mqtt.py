@@ -109,9 +109,10 @@ class MqttConfig(BridgeConfig):
     @field_validator("servers")
     @classmethod
     def _check_servers(cls, servers: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(servers)) != len(servers):
+        urls = tuple(str(address.parse(url)) for url in servers)
+        if len(set(urls)) != len(urls):
             raise ValueError("a server is named twice")
-        return tuple(str(address.parse(url)) for url in servers)
+        return urls
 
     @model_validator(mode="after")
     def _check(self) -> MqttConfig:

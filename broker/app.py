@@ -18,7 +18,7 @@ from typing import Any
 
 from broker import identity
 from broker.access.gate import AccessError, AccessGate
-from broker.admin.commands import Commands
+from broker.admin.commands import Commands, ReloadRefused
 from broker.admin.control import ControlServer
 from broker.config import firstrun
 from broker.config.difference import Difference, diff
@@ -29,7 +29,9 @@ from broker.engine.core import Limits
 from broker.engine.engine import Engine
 from broker.engine.message import Message
 from broker.extend import registry
+
 from broker.extend.record import compile_template
+from broker.extend.session import SessionSpec
 from broker.extend.sink import Record
 from broker.net.errors import ListenError
 from broker.net.listeners import Listeners
@@ -46,8 +48,8 @@ RESTART_ONLY = ("broker.name", "broker.data", "broker.durability")
 """What a reload cannot change."""
 
 
-class ReloadRefused(Exception):
-    """The new configuration cannot be put in force without a restart or cannot be opened; nothing has changed."""
+DEAD_LETTERS = SessionSpec(filters=(), upgrade_qos=True, max_bytes=256 << 20)
+"""The session that keeps `$dlq/<instance>`; when it is full the record stays where it is, in the sink's queue."""
 
 
 class Broker:
@@ -143,7 +145,7 @@ class Broker:
         key = None
         if spec.lanes > 1:
             key = order_key(spec.order_key)
-        self.engine.ensure_instance(instance.name, spec, key)
+        self.engine.ensure_instance(instance.name, spec, key, DEAD_LETTERS if instance.room == "sinks" else None)
 
     async def reload(self) -> Difference:
         """Read the whole configuration again and change only what differs.

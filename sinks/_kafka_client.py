@@ -1,23 +1,20 @@
-"""The connection to one Kafka cluster: how it is secured, a producer that is replaced when it failed, topics."""
+"""The connection to one Kafka cluster: a producer that is replaced when it failed, topics and their partitions."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 import time
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.abc import AbstractTokenProvider
 from aiokafka.conn import create_conn
 from aiokafka.errors import KafkaError
-from pydantic import BaseModel, ConfigDict, model_validator
 
-from broker.config.types import ConfigPath, Secret
 from broker.extend.sink import Fatal, NotConnected
+from sinks import _kafka_log
 from sinks._kafka_errors import describe, refusal
+from sinks._kafka_security import Sasl, Tls, driver_options
 
 _log = logging.getLogger("sinks.kafka")
 
@@ -25,74 +22,8 @@ _METADATA_EVERY_MS = 60_000
 _MISSING_FOR = 30.0  # seconds until a missing topic is a mistake and not a topic about to be made
 _DIAGNOSE_WITHIN = 5.0
 _FLUSH, _ABANDON = 2.0, 1.0  # close() takes _FLUSH + 2 * _ABANDON seconds at most
-_REPEAT_EVERY = 60.0
 
-
-class Sasl(BaseModel):
-    """`sasl = { … }`: who we are."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
-
-    mechanism: Literal["plain", "scram-sha-256", "scram-sha-512", "oauthbearer"] = "scram-sha-512"
-    """How we prove it: plain | scram-sha-256 | scram-sha-512 | oauthbearer."""
-    username: str = ""
-    """User name, for all but `oauthbearer`."""
-    password: Secret = Secret()
-    """Password, for all but `oauthbearer`."""
-    token: Secret = Secret()
-    """The bearer token of `oauthbearer`."""
-    token_file: ConfigPath | None = None
-    """Instead of `token`: a file with the token, read for every connection, so that it may be renewed."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> Sasl:
-        if self.mechanism == "oauthbearer":
-            if bool(self.token) == (self.token_file is not None):
-                raise ValueError("oauthbearer needs either token or token_file")
-        elif not self.username or not self.password:
-            raise ValueError(f"{self.mechanism} needs username and password")
-        return self
-
-
-class Tls(BaseModel):
-    """`tls = { … }`, or `true` for the system's authorities."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
-
-    ca: ConfigPath | None = None
-    """Authorities to trust, PEM; the system's if it is not given."""
-    certificate: ConfigPath | None = None
-    """Our own certificate, PEM, for a cluster that asks for one."""
-    key: ConfigPath | None = None
-    """Its private key, PEM; in `certificate` if it is not given."""
-    key_password: Secret = Secret()
-    """Password of `key`."""
-    verify: bool = True
-    """`false` takes any certificate: encrypted, but anybody can stand in the middle."""
-
-    def context(self) -> ssl.SSLContext:
-        """Fatal names the file that cannot be used."""
-        try:
-            context = ssl.create_default_context(cafile=self.ca)
-            if self.certificate is not None:
-                context.load_cert_chain(self.certificate, self.key, self.key_password.reveal())
-        except OSError as error:  # SSLError is one
-            raise Fatal(f"tls: {self.ca or ''} {self.certificate or ''} {self.key or ''}: {error}") from error
-        if not self.verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
-
-
-class _Token(AbstractTokenProvider):  # type: ignore[misc]
-    def __init__(self, token: Secret, file: Path | None) -> None:
-        self._token = token
-        self._file = file
-
-    async def token(self) -> str:
-        if self._file is None:
-            return self._token.reveal()
-        return (await asyncio.to_thread(self._file.read_text)).strip()
+_kafka_log.install()
 
 
 class Cluster:
@@ -192,23 +123,8 @@ class Cluster:
             raise Fatal(f"Kafka has no topic {topic!r}: create it")
         raise NotConnected(f"Kafka has no topic {topic!r} yet")
 
-    def _security(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"security_protocol": "PLAINTEXT"}
-        if self._tls is not None:
-            options |= {"security_protocol": "SSL", "ssl_context": self._tls.context()}
-        sasl = self._sasl
-        if sasl is not None:
-            options["security_protocol"] = "SASL_PLAINTEXT" if self._tls is None else "SASL_SSL"
-            options["sasl_mechanism"] = sasl.mechanism.upper()
-            if sasl.mechanism == "oauthbearer":
-                options["sasl_oauth_token_provider"] = _Token(sasl.token, sasl.token_file)
-            else:
-                options["sasl_plain_username"] = sasl.username
-                options["sasl_plain_password"] = sasl.password.reveal()
-        return options
-
     async def _open(self) -> AIOKafkaProducer:
-        security = self._security()
+        security = driver_options(self._sasl, self._tls)
         try:
             producer = AIOKafkaProducer(
                 bootstrap_servers=self._servers, enable_idempotence=True, acks="all", linger_ms=0,
@@ -230,7 +146,7 @@ class Cluster:
 
     async def _reason(self, error: BaseException | None) -> NotConnected | Fatal:
         """Why we are not connected: the driver says «unable to bootstrap» to a wrong password, too."""
-        security = self._security()
+        security = driver_options(self._sasl, self._tls)
         reasons = await asyncio.gather(*(self._refusal_of(server, security) for server in self._servers))
         said = [reason for reason in reasons if reason is not None]
         fatal = next((reason for reason in said if isinstance(reason, Fatal)), None)
@@ -262,28 +178,3 @@ class Cluster:
         self._ending.pop(task, None)
         if not task.cancelled() and task.exception() is not None:
             _log.debug("a producer did not end well: %s", task.exception())
-
-
-class _Driver(logging.Handler):
-    """Passes on what the driver says, each kind of line once a minute: it repeats itself ten times a second."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self._said: dict[str, tuple[float, int]] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        at, unsaid = self._said.get(record.msg, (-_REPEAT_EVERY, 0))
-        now = time.monotonic()
-        if now - at < _REPEAT_EVERY:
-            self._said[record.msg] = (at, unsaid + 1)
-            return
-        self._said[record.msg] = (now, 0)
-        more = f" ({unsaid} more like this before)" if unsaid else ""
-        _log.log(record.levelno, "%s%s", record.getMessage(), more, exc_info=record.exc_info)
-
-
-_driver = logging.getLogger("aiokafka")
-if not any(type(handler).__name__ == "_Driver" for handler in _driver.handlers):
-    _driver.setLevel(logging.WARNING)  # below that it writes requests, and with them passwords
-    _driver.propagate = False
-    _driver.addHandler(_Driver())

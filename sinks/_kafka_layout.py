@@ -20,7 +20,8 @@ Partition = Callable[[Record, bytes | None, int], int]
 _OWN = ("topic", "clientid", "username", "qos", "retain", "msgid", "content-type", "response-topic", "correlation-data")
 OWN_HEADERS = frozenset(f"mqtt-{name}" for name in _OWN)
 """Headers we write; a user property of such a name is left out."""
-_PUBLISHERS = 8192  # of how many (topic, client) pairs the headers are remembered
+PUBLISHERS = 8192
+"""Of how many pairs of topic and client the headers are remembered."""
 _M = 0x5BD1E995
 _MASK = 0xFFFFFFFF
 
@@ -126,40 +127,42 @@ def timestamp_of(template: Template) -> Callable[[Record], int | None]:
 def headers_of(headers: bool | Mapping[str, Template]) -> Callable[[Record], Headers]:
     """True: the ``mqtt-`` headers and the user properties; False: none; a table: exactly those that have a value."""
     if headers is True:
-        return _DefaultHeaders()
+        return _default_headers()
     if not headers:
         return lambda record: []
     chosen = [(name, bytes_of(template)) for name, template in headers.items()]
     return lambda record: [(name, value) for name, of in chosen if (value := of(record)) is not None]
 
 
-class _DefaultHeaders:
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str | None, str | None, int, bool], Headers] = {}
+def _default_headers() -> Callable[[Record], Headers]:
+    known: dict[tuple[str, str | None, str | None, int, bool], Headers] = {}
 
-    def __call__(self, record: Record) -> Headers:
+    def headers(record: Record) -> Headers:
         publisher = (record.topic, record.clientid, record.username, record.qos, record.retain)
-        headers = self._known.get(publisher)
-        if headers is None:
-            headers = self._publisher(publisher)
+        found = known.get(publisher)
+        if found is None:
+            if len(known) >= PUBLISHERS:
+                known.clear()
+            found = known[publisher] = _publisher(record)
+        headers = found.copy()
         if record.msgid is not None:
-            headers = [*headers, ("mqtt-msgid", record.msgid.encode())]
+            headers.append(("mqtt-msgid", record.msgid.encode()))
         if record.content_type is not None:
-            headers = [*headers, ("mqtt-content-type", record.content_type.encode())]
+            headers.append(("mqtt-content-type", record.content_type.encode()))
         if record.response_topic is not None:
-            headers = [*headers, ("mqtt-response-topic", record.response_topic.encode())]
+            headers.append(("mqtt-response-topic", record.response_topic.encode()))
         if record.correlation_data is not None:
-            headers = [*headers, ("mqtt-correlation-data", record.correlation_data)]
+            headers.append(("mqtt-correlation-data", record.correlation_data))
         if record.user_properties:
-            headers = [*headers, *((k, v.encode()) for k, v in record.user_properties if k not in OWN_HEADERS)]
+            headers += [(k, v.encode()) for k, v in record.user_properties if k not in OWN_HEADERS]
         return headers
 
-    def _publisher(self, publisher: tuple[str, str | None, str | None, int, bool]) -> Headers:
-        topic, clientid, username, qos, retain = publisher
-        texts = {"topic": topic, "clientid": clientid, "username": username, "qos": str(qos)}
-        headers: Headers = [(f"mqtt-{name}", text.encode()) for name, text in texts.items() if text is not None]
-        headers.append(("mqtt-retain", b"true" if retain else b"false"))
-        if len(self._known) >= _PUBLISHERS:
-            self._known.clear()
-        self._known[publisher] = headers
-        return headers
+    return headers
+
+
+def _publisher(record: Record) -> Headers:
+    """The headers that all records of one client on one topic share."""
+    texts = {"topic": record.topic, "clientid": record.clientid, "username": record.username, "qos": str(record.qos)}
+    headers: Headers = [(f"mqtt-{name}", text.encode()) for name, text in texts.items() if text is not None]
+    headers.append(("mqtt-retain", b"true" if record.retain else b"false"))
+    return headers

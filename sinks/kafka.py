@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from broker.config.template import Template
 from broker.config.types import Address, Duration, Size
 from broker.extend.record import RecordTemplate
 from broker.extend.registry import Backend
 from broker.extend.sink import BatchFailed, Record, SinkConfig
-from sinks._kafka_client import Cluster, Sasl, Tls
+from sinks._kafka_client import Cluster
 from sinks._kafka_delivery import Delivery, Part
 from sinks._kafka_layout import Layout, Strategy
+from sinks._kafka_security import Sasl, Tls
 
 _MOST_UNSETTLED = 262_144
 
@@ -38,7 +39,7 @@ class KafkaConfig(SinkConfig):
     `false`: none; a table of templates: exactly those."""
     timestamp: RecordTemplate = Template("${ts}")
     """Milliseconds since 1970; the time of sending if there is no value."""
-    partition: Strategy | int = Field(default="key", union_mode="left_to_right")
+    partition: Strategy | Annotated[int, Field(strict=True, ge=0)] = "key"
     """`key` (as Java's producers do) | `topic_hash` | `round_robin` | `sticky` (one for each batch) | a number."""
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "zstd"
     """How batches are compressed: none | gzip | snappy | lz4 | zstd."""
@@ -51,13 +52,6 @@ class KafkaConfig(SinkConfig):
     """`true`, or `{ ca = "…", certificate = "…", key = "…" }`."""
     request_timeout: Duration = Field(default=30.0, ge=0.1)
     """Seconds the cluster has for an answer. A batch without one is not sent again, its answer is awaited."""
-
-    @field_validator("partition")
-    @classmethod
-    def _partition_exists(cls, partition: Strategy | int) -> Strategy | int:
-        if isinstance(partition, int) and (isinstance(partition, bool) or partition < 0):
-            raise ValueError("a partition's number is 0 or more")
-        return partition
 
     @model_validator(mode="after")
     def _topics_are_known(self) -> KafkaConfig:

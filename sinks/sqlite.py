@@ -21,16 +21,12 @@ from broker.extend.record import RecordTemplate, Render, compile_template
 from broker.extend.registry import Backend
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record, SinkConfig
 
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
-_INTEGERS = {"ts", "qos", "retain"}
-_ANY_TYPE = {"payload", "correlation_data"}  # stored as what it is: TEXT, BLOB, INTEGER, REAL
 _CLOSE_WITHIN = 4.0
 
 _LATER = {
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
     sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_SCHEMA,
 }  # fmt: skip
-_POISON = {sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
 
 Row = tuple[Any, ...]
 
@@ -58,12 +54,12 @@ class SqliteConfig(SinkConfig):
     @field_validator("table")
     @classmethod
     def _table_is_identifier(cls, table: str) -> str:
-        return _identifier(table)
+        return identifier(table)
 
     @field_validator("columns")
     @classmethod
     def _columns_are_identifiers(cls, columns: dict[str, Template]) -> dict[str, Template]:
-        if len({_identifier(name).lower() for name in columns}) < len(columns):
+        if len({table.identifier(name).lower() for name in columns}) < len(columns):
             raise ValueError("two columns differ only in upper and lower case, which SQLite takes for the same")
         return columns
 
@@ -225,42 +221,6 @@ def _inode(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return stat.st_dev, stat.st_ino
-
-
-def _identifier(name: str) -> str:
-    if not _IDENTIFIER.fullmatch(name) or name.lower().startswith("sqlite_"):
-        raise ValueError(f"{name!r} is not a name for a table or column: letters, digits and _, at most 63")
-    return name
-
-
-def _insert(table: str, columns: list[str], key: str | None) -> str:
-    names = ", ".join(f'"{name}"' for name in columns)
-    again = f' ON CONFLICT("{key}") DO NOTHING' if key else ""  # OR IGNORE would also hide NOT NULL and CHECK
-    return f'INSERT INTO "{table}" ({names}) VALUES ({", ".join("?" * len(columns))}){again}'
-
-
-def _declare(name: str, template: Template, key: bool) -> str:
-    roots = {placeholder.split(".")[0] for placeholder in template.names}
-    single = template.text == f"${{{next(iter(template.names), '')}}}"
-    kind = "INTEGER" if single and roots <= _INTEGERS else "" if single and roots <= _ANY_TYPE else "TEXT"
-    return f'"{name}" {kind}'.strip() + (" PRIMARY KEY" if key else "")
-
-
-def _value(value: Any) -> Any:
-    """Text where the bytes are UTF-8, a BLOB where they are not; lists and objects as JSON."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value
-    return orjson.dumps(value).decode() if isinstance(value, dict | list) else value
-
-
-def _is_poison(error: Exception) -> bool:
-    if isinstance(error, sqlite3.Error):
-        code = getattr(error, "sqlite_errorcode", None)
-        return isinstance(error, sqlite3.DataError | sqlite3.InterfaceError) if code is None else code & 0xFF in _POISON
-    return isinstance(error, OverflowError | UnicodeError | ValueError)
 
 
 BACKEND = Backend("sinks.sqlite", SqliteConfig, open_sqlite)

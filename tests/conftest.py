@@ -108,9 +108,7 @@ def pytest_report_header() -> list[str]:
     built, listed = compiled()
     kind = "compiled" if built == listed else "interpreted" if not built else "partly compiled"
     missing = sorted(listed - built) if built else []
-    return [
-        f"isthmus: {kind} ({len(built)} of {len(listed)} modules){', missing: ' + ', '.join(missing) if missing else ''}"
-    ]
+    return [f"isthmus: {kind}, {len(built)} of {len(listed)} modules" + "".join(f", missing: {m}" for m in missing)]
 
 
 def pytest_sessionstart() -> None:

@@ -172,7 +172,7 @@ class Proxy:
         return done
 
     def cut_after(self, count: int, direction: Direction = "up") -> None:
-        """Let exactly `count` more bytes through in that direction, then cut the connection that carried the last one."""
+        """Let exactly `count` more bytes through in that direction, then cut the connection with the last one."""
         if count <= 0:
             raise ValueError("at least one byte must pass")
         self._limits[direction] = count

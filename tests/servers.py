@@ -155,7 +155,7 @@ class Certificates:
 
 
 def certificates(where: Path, client_name: str = "device-1") -> Certificates:
-    """Make an authority, a server certificate for localhost/127.0.0.1/::1 and a client certificate (needs `openssl`)."""
+    """An authority, a server certificate for localhost, 127.0.0.1 and ::1, a client certificate; needs `openssl`."""
     openssl = program("openssl")
     if openssl is None:
         raise Absent("the program openssl is not installed: apt-get install openssl")
@@ -694,9 +694,8 @@ def _kafka_properties(
         lines.append("sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512")
         modules = "org.apache.kafka.common.security"
         for name in (n.lower() for n in more if n.startswith("SASL")):
-            lines.append(
-                f'listener.name.{name}.plain.sasl.jaas.config={modules}.plain.PlainLoginModule required user_{KAFKA_USER}="{KAFKA_PASSWORD}";'
-            )
+            plain = f'{modules}.plain.PlainLoginModule required user_{KAFKA_USER}="{KAFKA_PASSWORD}";'
+            lines.append(f"listener.name.{name}.plain.sasl.jaas.config={plain}")
             for scram in ("scram-sha-256", "scram-sha-512"):
                 lines.append(
                     f"listener.name.{name}.{scram}.sasl.jaas.config={modules}.scram.ScramLoginModule required;"
@@ -843,9 +842,8 @@ def install_packages() -> bool:
     command = f"apt-get install -y --no-install-recommends {' '.join(wanted)}"
     apt = program("apt-get")
     if apt is None or os.geteuid() != 0:
-        print(
-            f"servers: missing here: {', '.join(wanted)}. Install them, on Debian or Ubuntu with:\n\n    sudo {command}\n"
-        )
+        print(f"servers: missing here: {', '.join(wanted)}. On Debian or Ubuntu this installs them:")
+        print(f"\n    sudo {command}\n")
         return False
     print(f"servers: installing {', '.join(wanted)} (nothing is started: policy-rc.d says no meanwhile)", flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}

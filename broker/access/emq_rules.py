@@ -23,6 +23,7 @@ _TOKEN = re.compile(
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "s": " ", "0": "\0"}
 _ACTIONS: dict[str, Action] = {"publish": "publish", "subscribe": "subscribe", "pubsub": "all", "all": "all"}
 _DEPTH = 16
+_WHO = "WHO is all, {user, …}, {client, …}, {ipaddr, …}, {'and', […]} or {'or', […]}"
 
 
 class _Atom(str):
@@ -179,10 +180,10 @@ def _condition(term: Any) -> Condition | None:
     if isinstance(term, _Atom) and term == "all":
         return None
     if not isinstance(term, _Tuple) or len(term) < 2 or not isinstance(term[0], _Atom):
-        raise ValueError(f"{_show(term)} is not understood; WHO is all, {{user, …}}, {{client, …}}, {{ipaddr, …}}, and, or")
+        raise ValueError(f"{_show(term)} is not understood; {_WHO}")
     kind = str(term[0])
     if kind in ("and", "or"):
-        inner = term[1] if len(term) == 2 and isinstance(term[1], list) and not isinstance(term[1], _Tuple) else term[1:]
+        inner = term[1:] if len(term) > 2 or not isinstance(term[1], list) or isinstance(term[1], _Tuple) else term[1]
         if not inner:
             raise ValueError(f"{kind} needs at least one condition")
         return _combine(kind, [_condition(one) for one in inner])
@@ -200,7 +201,7 @@ def _condition(term: Any) -> Condition | None:
     if kind in ("ipaddr", "ipaddrs"):
         values = value if isinstance(value, list) and not isinstance(value, _Tuple) else [value]
         return _within([_network(one) for one in values])
-    raise ValueError(f"{kind} is not understood; WHO is all, {{user, …}}, {{client, …}}, {{ipaddr, …}}, and, or")
+    raise ValueError(f"{kind} is not understood; {_WHO}")
 
 
 def _network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:

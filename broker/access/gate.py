@@ -28,6 +28,9 @@ RESERVED = "isthmus/"
 COMPILED = 4_096
 """Compiled rule lists kept; users with the same groups share one."""
 
+_SHARED = ("timeout", "max_concurrent", "cache_ttl", "negative_cache_ttl", "on_error")
+"""Keys of `[access]` that are defaults of every backend."""
+
 _NO_IDENTITY: Mapping[str, str] = {}
 
 
@@ -264,7 +267,12 @@ class AccessGate:
         self._refresher.watch(principal)
 
     def _principal(
-        self, clientid: str, username: str | None, channel: Any, identity: Mapping[str, str], decision: Decision | None = None
+        self,
+        clientid: str,
+        username: str | None,
+        channel: Any,
+        identity: Mapping[str, str],
+        decision: Decision | None = None,
     ) -> Principal:
         grant = decision.grant if decision is not None else Grant()
         return Principal(
@@ -335,15 +343,15 @@ async def open_guard(instance: Any, access: Any) -> Guard:
 
 
 def _same(kept: tuple[Any, Guard], instance: Any, settings: Any, before: Any) -> bool:
+    """Whether an open backend can stay: its table, the files it names and the general settings are as before."""
     old, guard = kept
-    return (
-        not getattr(guard.backend, "reopen_on_reload", False)
-        and before is not None
-        and settings.access == before.access
-        and old.kind == instance.kind
-        and old.raw == instance.raw
-        and getattr(old, "fingerprint", "") == getattr(instance, "fingerprint", "")
-    )
+    if before is None or old.kind != instance.kind or old.raw != instance.raw:
+        return False
+    if any(getattr(settings.access, name) != getattr(before.access, name) for name in _SHARED):
+        return False
+    if instance.fingerprint:
+        return bool(old.fingerprint == instance.fingerprint)
+    return not getattr(guard.backend, "reopen_on_reload", False)
 
 
 def _or(value: Any, default: Any) -> Any:

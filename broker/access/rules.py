@@ -3,8 +3,8 @@
 Theory of operation. A list of rules becomes one index per action, shared by all clients it applies to: a trie over
 topic levels whose edges are literal levels, `+`, or levels with placeholders; the latter are filled in once per client
 and remembered there. Walking it with a topic name finds the rules that match. Walking it with a topic *filter* finds
-the rules that contain it, because `+` in the filter only follows `+` edges and `#` follows none. Of the rules found, the first
-in order decides. No regular expressions; the cost is bounded by depth times the rules that share a prefix.
+the rules that contain it, because `+` in the filter only follows `+` edges and `#` follows none. Of the rules found,
+the first in order decides. No regular expressions; the cost is bounded by depth times the rules that share a prefix.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from broker import __version__
 from broker.admin.control import CommandFailed
@@ -12,14 +12,15 @@ from broker.config.problems import ConfigError
 from broker.engine.engine import RESERVED
 from broker.engine.session import Session
 
-if TYPE_CHECKING:
-    from broker.app import Broker
+
+class ReloadRefused(Exception):
+    """The new configuration cannot be put in force without a restart or cannot be opened; nothing has changed."""
 
 
 class Commands:
-    """One method per command; each answers plain JSON values."""
+    """One method per command; each answers plain JSON values. `broker` is the application's `Broker`."""
 
-    def __init__(self, broker: Broker) -> None:
+    def __init__(self, broker: Any) -> None:
         self._broker = broker
 
     def table(self) -> dict[str, Callable[..., Awaitable[Any]]]:
@@ -67,7 +68,7 @@ class Commands:
         }
 
     def _instance(self, name: str, worker: dict[str, Any]) -> dict[str, Any]:
-        lanes = [s for s in self._broker.engine.instance_sessions(name) if not s.client_id.endswith("/in")]
+        lanes = self._broker.engine.lanes(name)
         oldest = [t for t in (s.oldest_ms() for s in lanes) if t]
         return {
             **worker,
@@ -81,8 +82,6 @@ class Commands:
 
     async def reload(self) -> dict[str, list[str]]:
         """Read conf.d again."""
-        from broker.app import ReloadRefused
-
         try:
             change = await self._broker.reload()
         except ConfigError as error:
@@ -180,8 +179,10 @@ class Commands:
         for client_id, session in self._broker.engine.sessions.items():
             if not client_id.startswith(RESERVED) or client_id.endswith("/in"):
                 continue
-            name = client_id[len(RESERVED) :].rpartition("/")[0]
-            entry = queues.setdefault(name, {"name": name, "queued": 0, "bytes": 0, "orphan": name not in configured})
+            instance, _, lane = client_id[len(RESERVED) :].rpartition("/")
+            name = f"{instance}/dlq" if lane == "dlq" else instance
+            orphan = instance not in configured
+            entry = queues.setdefault(name, {"name": name, "queued": 0, "bytes": 0, "orphan": orphan})
             entry["queued"] += session.queued
             entry["bytes"] += session.queue_bytes
         return sorted(queues.values(), key=lambda q: str(q["name"]))

@@ -14,6 +14,7 @@ from broker.config import firstrun
 from broker.config.problems import ConfigError
 from broker.config.settings import ROOMS, Instance, Settings
 
+LOCAL = {"auth.file"}
 DEADLINE = 10.0
 """Seconds one backend has to open, answer and close."""
 
@@ -35,6 +36,9 @@ def check(connect: bool, strict: bool, as_json: bool) -> int:
     warnings = settings.warnings if settings else []
     wrong = bool(problems or (strict and warnings))
     results: list[dict[str, Any]] = []
+    if settings and not wrong:
+        problems = asyncio.run(_try_local(settings))
+        wrong = bool(problems)
     if settings and connect and not wrong:
         results = asyncio.run(_try_all(settings, quiet=as_json))
     code = WRONG if wrong else UNREACHABLE if any(not r["ok"] for r in results) else DONE
@@ -50,6 +54,16 @@ def check(connect: bool, strict: bool, as_json: bool) -> int:
 def _summary(settings: Settings) -> str:
     parts = [f"{room} {','.join(getattr(settings, room)) or '-'}" for room in ("listeners", *ROOMS)]
     return f"ok: {'; '.join(parts)}"
+
+
+async def _try_local(settings: Settings) -> list[str]:
+    """What start and reload would say about backends whose opening reads files and does nothing else."""
+    new = firstrun.pending(settings)
+    found = []
+    for instance in settings.auth.values():
+        if instance.backend.name in LOCAL and instance is not new and (error := await _try(instance)):
+            found.append(settings.problem(f"auth.{instance.name}", error))
+    return found
 
 
 async def _try_all(settings: Settings, quiet: bool) -> list[dict[str, Any]]:
@@ -78,6 +92,8 @@ async def _try(instance: Instance) -> str | None:
             await opened.check()
     except TimeoutError:
         return f"no answer within {DEADLINE:.0f} s"
+    except ValueError as error:  # of our own
+        return " ".join(str(error).split())
     except Exception as error:  # whatever a driver raises is the answer to the question
         return " ".join(f"{type(error).__name__}: {error}".split()) if str(error) else type(error).__name__
     finally:

@@ -321,16 +321,14 @@ class Connection(asyncio.Protocol):
             self._on_rare_packet(kind, body)
 
     def _on_publish(self, publish: Publish) -> None:
-        if self._alias_maximum:
-            self._resolve_alias(publish)
+        properties = publish.properties
+        if properties is not None and properties.topic_alias is not None:
+            self._resolve_alias(publish, properties.topic_alias)
         if not publish.topic:
             raise ProtocolError(0x94, "a PUBLISH without topic")  # [MQTT-3.3.2-8]
         self._handler.on_publish(self, publish)
 
-    def _resolve_alias(self, publish: Publish) -> None:
-        alias = publish.properties.topic_alias if publish.properties is not None else None
-        if alias is None:
-            return
+    def _resolve_alias(self, publish: Publish, alias: int) -> None:
         if alias > self._alias_maximum:
             raise ProtocolError(0x94, "a topic alias above the maximum we announced")  # [MQTT-3.1.2-26]
         if publish.topic:

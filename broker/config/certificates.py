@@ -71,11 +71,13 @@ def _unreadable(path: Path) -> str | None:
 
 
 def _explain(error: Exception, listener: SecureListener) -> str:
+    """OpenSSL's own words differ from version to version: look at the files for what is usually wrong."""
     reason = getattr(error, "reason", None) or ""
     if reason == "KEY_VALUES_MISMATCH":
         return f"{listener.certificate} and {listener.key} do not belong together"
-    if reason in ("PEM_LIB", "NO_START_LINE", "BAD_BASE64_DECODE", "BAD_END_LINE"):
-        return f"{listener.certificate} or {listener.key} is not in PEM form"
-    if reason in ("BAD_DECRYPT", "BAD_PASSWORD_READ", "PROBLEMS_GETTING_PASSWORD"):
+    for path, word in ((listener.certificate, b"CERTIFICATE-----"), (listener.key, b"PRIVATE KEY-----")):
+        if word not in path.read_bytes():
+            return f"{path} is not in PEM form: it has no line -----BEGIN … {word.decode()}"
+    if b"ENCRYPTED" in listener.key.read_bytes():
         return f"{listener.key} is protected by a password; give the key without one, readable by the broker alone"
     return f"{listener.certificate} and {listener.key} cannot be used: {reason or error}"

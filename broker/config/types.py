@@ -31,9 +31,10 @@ _BYTES = {
     "B": 1,
     **{f"{unit}{ending}": 1024**power for power, unit in enumerate("KMGT", 1) for ending in ("", "B", "iB")},
 }
-_DURATION = re.compile(r"(?:\s*\d+(?:\.\d+)?\s*(?:ms|[smhdw]))+\s*")
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|[smhdw])")
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_NUMBER = re.compile(r"\s*[0-9]+(?:\.[0-9]+)?\s*")
+_DURATION = re.compile(r"(?:\s*[0-9]+(?:\.[0-9]+)?\s*(?:ms|[smhdw]))+\s*")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|[smhdw])")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_duration(value: object) -> float:
@@ -63,7 +64,7 @@ def parse_size(value: object) -> int:
     if isinstance(value, str):
         match = _SIZE.fullmatch(value)
         unit = _size_unit(match[2]) if match else None
-        if match is None or unit is None or not value.isascii():
+        if match is None or unit is None:
             raise ValueError(f'{value!r} is not a size; write "64MB", "896KB", "1GB" (units: B, KB, MB, GB, TB)')
         size = int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
     else:
@@ -85,8 +86,8 @@ def format_duration(seconds: float) -> str:
     for unit, length in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
         if seconds >= length and seconds % length == 0:
             return f"{int(seconds / length)}{unit}"
-    thousandths = seconds * 1000
-    return f"{thousandths:g}ms" if seconds else "0s"
+    number = repr(seconds if seconds >= 1 else round(seconds * 1000, 9)).removesuffix(".0")
+    return f"{number}{'s' if seconds >= 1 else 'ms'}" if seconds and "e" not in number else "0s"
 
 
 def format_size(size: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from broker.engine import topics
 from broker.engine.core import Core
 from broker.engine.listener import ListenerInfo
-from broker.engine.message import METADATA, Message
+from broker.engine.message import METADATA, Message, Origin
 from broker.engine.outbox import Outbox
 from broker.engine.receiver import DONE, LATER, REFUSED, Hold
 from broker.engine.router import Entry, Route, Router
@@ -34,6 +34,9 @@ CLOSED = 3
 
 BEFORE_LOGIN = 65_536
 """Largest packet before login: RabbitMQ's figure; nothing larger is a CONNECT worth reading."""
+
+WORKER_EXTRA = 65_536
+"""What a worker may send beyond the limit of devices: a dead letter is its original and the reason."""
 
 CONTINUE = 0
 STOP = 1
@@ -75,6 +78,8 @@ class Channel:
         self.deadline = accepted_at + core.limits.connect_timeout
         self.keep_alive = 0.0
         self.max_packet = listener.max_packet_size or core.limits.max_packet_size
+        if listener.privileged:
+            self.max_packet += WORKER_EXTRA
         self.receive_maximum = 65535
         self.alias_maximum = 0
         self.aliases: dict[int, bytes] | None = None
@@ -311,6 +316,14 @@ class Channel:
             self.link.resume_reading()
         self.core.flusher.after_read()
 
+    def _make_origin(self) -> None:
+        """Made with the first message: a client that only subscribes needs none."""
+        assert self.session is not None
+        principal = self.principal
+        self.origin = Origin(
+            self.session.client_id, principal.username, self.peerhost, principal.origin, principal, self.core.node
+        )
+
     # publishing -----------------------------------------------------------------------------------------------
 
     def _entry(self, topic: bytes) -> Entry:
@@ -373,6 +386,8 @@ class Channel:
 
     def _messages(self, data: bytes, start: int, end: int) -> list[Any]:
         """The packets of a run as messages."""
+        if self.origin is None:
+            self._make_origin()
         found = []
         p = data
         i = start
@@ -438,7 +453,9 @@ class Channel:
             if p[off] == 0:
                 off += 1
             else:
-                props, off = decode_properties(data, off, end, PUBLISH_TYPE, core.limits.max_user_properties)
+                props, off = decode_properties(
+                    data, off, end, PUBLISH_TYPE, core.limits.max_user_properties, core.limits.strict
+                )
         alias = props.topic_alias if props is not None else None
         entry: Entry | None = None
         if alias is not None:
@@ -492,6 +509,8 @@ class Channel:
             if qos:
                 self._acknowledge(0x40 if qos == 1 else 0x50, ident, code if self.v5 else 0)
             return CONTINUE
+        if self.origin is None:
+            self._make_origin()
         message = Message(entry.topic, p[off:end], qos, first & 1 == 1, forward, expires, self.origin)
         if qos and first & 9 == 0 and props is None and alias is None:
             if self.v5:
@@ -618,6 +637,7 @@ class Channel:
 
     def _on_packet(self, kind: int, first: int, body: bytes) -> None:
         packets.check_flags(first, self.version)
+        limits = self.core.limits
         if kind == 1:
             if self.state != NEW:
                 raise ProtocolError(0x82, "a second CONNECT")  # [MQTT-3.1.0-2]
@@ -632,7 +652,7 @@ class Channel:
                 raise ProtocolError(0x81, "a PINGREQ with a body")
             self.outbox.push(b"\xd0\x00")  # [MQTT-3.12.4-1]
         elif kind == 8:
-            subscribe = packets.decode_subscribe(body, self.version)
+            subscribe = packets.decode_subscribe(body, self.version, limits.strict, limits.max_user_properties)
             self._flush_acks()
             codes, retained = self.engine.subscribe(self, session, subscribe)
             self.outbox.push(packets.encode_suback(subscribe.packet_id, self.version, codes))  # [MQTT-3.8.4-1]
@@ -640,11 +660,11 @@ class Channel:
                 session.retained = deque(retained) if session.retained is None else session.retained + deque(retained)
                 session.drain()
         elif kind == 10:
-            unsubscribe = packets.decode_unsubscribe(body, self.version)
+            unsubscribe = packets.decode_unsubscribe(body, self.version, limits.strict, limits.max_user_properties)
             codes = self.engine.unsubscribe(session, unsubscribe.filters)
             self.outbox.push(packets.encode_unsuback(unsubscribe.packet_id, self.version, codes))  # [MQTT-3.10.4-4]
         elif 4 <= kind <= 7:
-            ack = packets.decode_ack(body, self.version, kind)
+            ack = packets.decode_ack(body, self.version, kind, limits.strict)
             if kind == 6:
                 self._on_pubrel(session, ack.packet_id)
             elif kind == 5:
@@ -656,7 +676,7 @@ class Channel:
                 if said == ACK_UNKNOWN:
                     self.core.count("unknown_ack")
         elif kind == 14:
-            self._on_disconnect(session, packets.decode_disconnect(body, self.version))
+            self._on_disconnect(session, packets.decode_disconnect(body, self.version, limits.strict))
         elif kind == 15 and self.v5:
             packets.decode_auth(body, self.version)
             raise ProtocolError(0x82, "AUTH without an authentication method")  # [MQTT-4.12.0-7]
@@ -665,7 +685,7 @@ class Channel:
 
     def _on_connect(self, body: bytes) -> None:
         limits = self.core.limits
-        connect = packets.decode_connect(body, limits.strict)
+        connect = packets.decode_connect(body, limits.strict, limits.max_user_properties)
         self.connect = connect
         self.version = connect.version
         self.v5 = connect.version == 5

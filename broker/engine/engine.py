@@ -15,7 +15,7 @@ from broker.engine.core import Core, Limits
 from broker.engine.gate import InternalPrincipal
 from broker.engine.groups import Lanes, ShareGroup
 from broker.engine.listener import ListenerInfo
-from broker.engine.message import Message, Origin
+from broker.engine.message import Message
 from broker.engine.receiver import DONE, Subscription
 from broker.engine.retained import Retained
 from broker.engine.router import Entry, Route, Router
@@ -180,10 +180,8 @@ class Engine:
         channel.receive_maximum = limits.receive_maximum if not principal.privileged else 65535
         channel.alias_maximum = limits.topic_alias_maximum if v5 else 0
         channel.session = session
-        channel.origin = Origin(
-            client_id, principal.username, channel.peerhost, principal.origin, principal, core.node
-        )
         if will is not None:
+            channel._make_origin()
             expires = 0.0
             forward = b""
             if will.properties is not None:
@@ -272,9 +270,8 @@ class Engine:
                 self.publish_will(session)
         if not session.persistent:
             self.end_session(session)
-        elif session.expiry < NEVER and session.spec is None:
-            session.ends_at = self.core.now + session.expiry
-            self._timer(session, "expiry", session.ends_at, lambda: self.end_session(session))
+        else:
+            self.start_expiry(session)
         if self.on_disconnected is not None:
             self.on_disconnected(channel)
 
@@ -403,7 +400,6 @@ class Engine:
         no_local = bool(options & 4)
         rap = bool(options & 8)
         handling = options >> 4 & 3
-        group: ShareGroup | None = None
         key: tuple[bytes, bytes] | None = None
         target = filter
         if filter.startswith(b"$share/") or filter == b"$share":
@@ -426,33 +422,53 @@ class Engine:
         old = self._find(session, filter)
         if old is None and len(session.subscriptions or ()) >= limits.max_subscriptions and session.spec is None:
             return (0x97 if v5 else 0x80), []
-        if key is not None:
-            group = self.groups.get(key)
-            if group is None:
-                group = ShareGroup(key[0], key[1], limits.shared_strategy, self._may_receive)
-                self.groups[key] = group
         if old is not None:
             self._drop_subscription(old)  # [MQTT-3.8.4-3]
             if session.subscriptions is not None:
                 session.subscriptions.remove(old)
-            if key is not None and key not in self.groups and group is not None:
-                self.groups[key] = group
-        subscription = Subscription(session, target, qos, no_local, rap, ident, group)
-        if session.subscriptions is None:
-            session.subscriptions = []
-        session.subscriptions.append(subscription)
-        if group is not None:
-            if not group.members:
-                self.router.add(Subscription(session, target, qos, False, False, 0, group))
-            group.join(subscription)
-            self.router.touch(target)
+        subscription = self._add_subscription(session, target, key, qos, no_local, rap, ident)
+        if key is not None:
             return qos, []
-        self.router.add(subscription)
         if handling == 2 or (handling == 1 and old is not None):  # [MQTT-3.3.1-10] [MQTT-3.3.1-11]
             return qos, []
         if channel.connect is not None and channel.connect.bridge and old is not None:
             return qos, []
         return qos, self._retained_for(session, target, qos, (ident,) if ident else None)
+
+    def _add_subscription(
+        self, session: Session, filter: bytes, key: tuple[bytes, bytes] | None, qos: int, no_local: bool, rap: bool, ident: int
+    ) -> Subscription:
+        """Make a subscription effective; `key` is (group, filter) of a shared one."""
+        group: ShareGroup | None = None
+        if key is not None:
+            group = self.groups.get(key)
+            if group is None:
+                group = self.groups[key] = ShareGroup(key[0], key[1], self.core.limits.shared_strategy, self._may_receive)
+                group.entry = Subscription(session, filter, 0, False, False, 0, group)
+                self.router.add(group.entry)
+        subscription = Subscription(session, filter, qos, no_local, rap, ident, group)
+        if session.subscriptions is None:
+            session.subscriptions = []
+        session.subscriptions.append(subscription)
+        if group is None:
+            self.router.add(subscription)
+        else:
+            group.join(subscription)
+            self.router.touch(filter)
+        return subscription
+
+    def restore_subscription(
+        self, session: Session, filter: bytes, qos: int, no_local: bool, rap: bool, ident: int
+    ) -> None:
+        """Give an imported session back a subscription as `filter_of` names it."""
+        key = topics.split_share(filter) if filter.startswith(b"$share/") else None
+        self._add_subscription(session, key[1] if key is not None else filter, key, qos, no_local, rap, ident)
+
+    def start_expiry(self, session: Session) -> None:
+        """A session without a connection lives for its expiry from now on."""
+        if session.expiry < NEVER and session.spec is None:
+            session.ends_at = self.core.now + session.expiry
+            self._timer(session, "expiry", session.ends_at, lambda: self.end_session(session))
 
     def _retained_for(self, session: Session, filter: bytes, qos: int, idents: Any) -> list[Any]:
         found = []
@@ -471,12 +487,12 @@ class Engine:
 
     def _find(self, session: Session, filter: bytes) -> Subscription | None:
         for subscription in session.subscriptions or ():
-            if self._filter_of(subscription) == filter:
+            if self.filter_of(subscription) == filter:
                 return subscription
         return None
 
     @staticmethod
-    def _filter_of(subscription: Subscription) -> bytes:
+    def filter_of(subscription: Subscription) -> bytes:
         """The filter as the client wrote it."""
         group = subscription.group
         if isinstance(group, ShareGroup):
@@ -494,10 +510,8 @@ class Engine:
         self.router.touch(subscription.filter)
         if not group.members:
             self.groups.pop((group.name, group.filter), None)
-            for found in self.router.matching_filter(subscription.filter):
-                if found.group is group:
-                    self.router.remove(found)
-                    break
+            if group.entry is not None:
+                self.router.remove(group.entry)
 
     def unsubscribe(self, session: Session, filters: Iterable[bytes]) -> list[int]:
         """Handle UNSUBSCRIBE: one code per filter. What is in flight finishes, what only queues is dropped."""
@@ -611,8 +625,13 @@ class Engine:
 
     # instances ------------------------------------------------------------------------------------------------
 
-    def ensure_instance(self, name: str, spec: Any, order_key: Callable[[Message], str] | None = None) -> None:
-        """Create or change the durable sessions of a sink or bridge: before anything can be published to them."""
+    def ensure_instance(
+        self, name: str, spec: Any, order_key: Callable[[Message], str] | None = None, dead_letters: Any = None
+    ) -> None:
+        """Create or change the durable sessions of a sink or bridge: before anything can be published to them.
+
+        `dead_letters` is the spec of the session that keeps `$dlq/<name>`, for sinks.
+        """
         principal = InternalPrincipal(f"{RESERVED}{name}", f"{RESERVED}{name}", name)
         lanes = [self._ensure_session(f"{RESERVED}{name}/{n}", spec, principal, True) for n in range(spec.lanes)]
         self._ensure_session(f"{RESERVED}{name}/in", spec, principal, False)
@@ -642,6 +661,13 @@ class Engine:
                 if spec.retained == "always" or (spec.retained == "new" and session.created == self.core.now):
                     for message, level, idents in self._retained_for(session, filter, qos, None):
                         session.offer(message, level, True, idents, None, None)
+        if dead_letters is not None:
+            keeper = InternalPrincipal(f"{RESERVED}{name}/dlq", f"{RESERVED}{name}", f"{name}/dlq")
+            session = self._ensure_session(f"{RESERVED}{name}/dlq", dead_letters, keeper, True)
+            if not session.subscriptions:
+                subscription = Subscription(session, b"$dlq/" + name.encode(), 1, False, True, 0)
+                session.subscriptions = [subscription]
+                self.router.add(subscription)
         self.router.forget_all()
 
     def _remove_lane_subscription(self, session: Session, subscription: Subscription) -> None:
@@ -683,6 +709,10 @@ class Engine:
         """The lanes (and the publishing session) of an instance."""
         prefix = f"{RESERVED}{name}/"
         return [s for c, s in list(self.sessions.items()) if c.startswith(prefix)]
+
+    def lanes(self, name: str) -> list[Session]:
+        """The sessions that feed an instance."""
+        return [s for s in self.instance_sessions(name) if s.client_id.rpartition("/")[2].isdigit()]
 
     def drop_queue(self, name: str) -> int:
         """Delete what queues for an instance; returns how many messages."""

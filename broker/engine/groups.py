@@ -17,6 +17,8 @@ class ShareGroup:
         self.strategy = strategy
         self.may_receive = may_receive
         self.members: list[Subscription] = []
+        self.entry: Subscription | None = None
+        """What the router holds for the whole group."""
         self._next = 0
 
     def join(self, subscription: Subscription) -> None:

@@ -246,20 +246,6 @@ class Router:
             nodes = below
         return found
 
-    def matching_filter(self, filter: bytes) -> list[Subscription]:
-        """The subscriptions made with exactly this filter."""
-        if not topics.is_wild(filter):
-            return list(self.exact.get(filter, ()))
-        node = self.root
-        parts = filter.split(b"/")
-        multi = parts[-1] == b"#"
-        for part in parts[:-1] if multi else parts:
-            child = node.plus if part == b"+" else (node.children or {}).get(part)
-            if child is None:
-                return []
-            node = child
-        return list((node.below if multi else node.here) or ())
-
     def fill(self, entry: Entry) -> Route:
         """Find the receivers of an entry's topic, ask their rights, and share the route with equal ones."""
         name = entry.topic.decode()

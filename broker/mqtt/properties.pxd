@@ -5,7 +5,7 @@ from broker.mqtt.reader cimport Reader
 cdef int _FLAG, _UINT16, _UINT32, _VARINT, _TEXT, _BINARY, _PAIR
 cdef int _CONNECT, _CONNACK, _PUBLISH, _SUBSCRIBE, _DISCONNECT, _AUTH, _WILL, _INBOUND
 cdef int _UNKNOWN, _LAST, _RESPONSE_TOPIC, _SUBSCRIPTION_IDENTIFIER, _TOPIC_ALIAS
-cdef unsigned long long _FORWARDED, _NOT_ZERO
+cdef unsigned long long _BIT, _FORWARDED, _NOT_ZERO
 cdef bytes _FORMS
 cdef tuple _NAMES, _PLACES
 

@@ -57,6 +57,7 @@ _PLACES = tuple(
 )  # one bit per packet type
 _FORWARDED = sum(1 << number for number in (0x01, 0x03, 0x08, 0x09, 0x26))  # [MQTT-3.3.2-17] and its siblings
 _NOT_ZERO = sum(1 << number for number in (0x21, 0x23, 0x27))
+_BIT = 1  # compiled, wide enough to be shifted by every identifier
 _RESPONSE_TOPIC = 0x08
 _SUBSCRIPTION_IDENTIFIER = 0x0B
 _TOPIC_ALIAS = 0x23
@@ -200,7 +201,7 @@ def read_properties(reader: Reader, packet_type: int, max_user_properties: int, 
         if not place >> packet_type & 1:  # [MQTT-2.2.2-2] and the tables of chapter 3
             raise _refusal(number, "does not belong here")
         repeated = seen >> number & 1
-        seen |= 1 << number
+        seen |= _BIT << number
         if form == _PAIR:
             _read_pair(reader, properties, max_user_properties, strict)
         elif form == _VARINT:

@@ -94,7 +94,7 @@ class Acceptor:
             self._credit -= 1.0
             accepted_fd = accepted.fileno()
             self._take(accepted, address, now)
-            if accepted_fd >= watermark:
+            if accepted_fd + 1 >= watermark:
                 self._run_short()
                 return
         self._shortage.over()

@@ -52,7 +52,7 @@ def _bind_all(addresses: list[tuple[int, Any]], port: int) -> list[socket.socket
     try:
         for family, address in addresses:
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
+                sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets no-delay by it
             except OSError as error:
                 skipped = error
                 continue

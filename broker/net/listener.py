@@ -147,11 +147,11 @@ class Listener:
         """
         change = Change(config)
         if isinstance(config, SecureListener):
-            change.fingerprint = tls.fingerprint(config)
+            change.fingerprint = tls.fingerprint(self.name, config)
             if self.context is not None and change.fingerprint == self._fingerprint and _same_tls(self.config, config):
                 change.context = self.context
             else:
-                change.context = tls.server_context(config)
+                change.context = tls.server_context(self.name, config)
         if heir_of is not None:
             change.sockets = [sock.dup() for sock in heir_of.sockets]
         elif not self._acceptors or not same_place(self.config, config):
@@ -216,11 +216,11 @@ class Listener:
         if not isinstance(config, SecureListener):
             return False
         try:
-            fingerprint = tls.fingerprint(config)
+            fingerprint = tls.fingerprint(self.name, config)
             if fingerprint == self._fingerprint:
                 self.alarm = None
                 return False
-            context = tls.server_context(config)
+            context = tls.server_context(self.name, config)
         except ListenError as error:
             self.alarm = str(error)
             log.error("%s; the listener goes on with the certificate it has", error)

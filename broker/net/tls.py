@@ -36,22 +36,22 @@ _SHORT = {
 _VERIFY = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "require": ssl.CERT_REQUIRED}
 
 
-def fingerprint(config: SecureListener) -> str:
+def fingerprint(name: str, config: SecureListener) -> str:
     """Changes whenever the content of the listener's certificate files changes. ListenError when one is unreadable."""
     digest = hashlib.sha256()
     for key, path in _files(config):
         try:
             content = Path(path).read_bytes()
         except OSError as error:
-            raise ListenError(f"listeners.{config.name}: {key} {path}: {error.strerror}") from None
+            raise ListenError(f"listeners.{name}: {key} {path}: {error.strerror}") from None
         digest.update(len(content).to_bytes(8, "big") + content)
     return digest.hexdigest()
 
 
-def server_context(config: SecureListener) -> ssl.SSLContext:
+def server_context(name: str, config: SecureListener) -> ssl.SSLContext:
     """A context for new hand-shakes. ListenError names the key and file that is wrong, or the date that has passed."""
-    name = f"listeners.{config.name}"
-    fingerprint(config)
+    fingerprint(name, config)
+    name = f"listeners.{name}"
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3 if config.tls_min == "1.3" else ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE

@@ -31,6 +31,7 @@ def configure(format: str = "text", level: str = "info", stream: TextIO | None =
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.ExtraAdder(),
+        _own_fields,
     ]
     last: list[Any]
     if format == "json":
@@ -60,6 +61,13 @@ def _is_terminal(stream: TextIO) -> bool:
         return stream.isatty()
     except (AttributeError, ValueError):
         return False
+
+
+def _own_fields(logger: object, name: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Without what other handlers of the same record leave on it; `logging` allows no extras of these names."""
+    event.pop("message", None)
+    event.pop("asctime", None)
+    return event
 
 
 def _escape(logger: object, name: str, event: dict[str, Any]) -> dict[str, Any]:

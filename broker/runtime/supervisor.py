@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 _TOLERATED = 3  # deaths of a worker one instance may cause
 _WITHIN = 60.0  # seconds
+_COUNTED = ("acked", "retried", "dead")
 
 
 class Supervisor:
@@ -56,6 +57,7 @@ class Supervisor:
         self._parked: dict[str, str] = {}
         self._deaths: dict[str, deque[float]] = {}
         self._reports: dict[str, dict[str, Any]] = {}
+        self._counted: dict[str, dict[str, int]] = {}  # by workers that are gone
         self._down: dict[str, str] = {}
         self._alarms: dict[str, str] = {}
         self._lock = asyncio.Lock()
@@ -90,7 +92,10 @@ class Supervisor:
             await self._spread()
 
     def status(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """``{"sinks": {name: {…}}, "bridges": {name: {…}}}``: state, last_error, counters, worker and its pid."""
+        """``{"sinks": {name: {…}}, "bridges": {name: {…}}}``: state, last_error, counters, worker and its pid.
+
+        Counters go on over restarts, short of what a killed worker had not told yet: it tells every second.
+        """
         answer: dict[str, dict[str, dict[str, Any]]] = {"sinks": {}, "bridges": {}}
         inside = self._host.status() if self._host is not None else {}
         for key, assignment in self._assignments.items():
@@ -98,6 +103,8 @@ class Supervisor:
             entry: dict[str, Any] = {"state": State.CONNECTING.value, "last_error": None}
             entry.update(self._reports.get(key, {}))
             entry.update(inside.get(key, {}))
+            for counter, before in self._counted.get(key, {}).items():
+                entry[counter] = entry.get(counter, 0) + before
             if key in self._parked:
                 entry.update(state=State.PARKED.value, last_error=self._parked[key])
             elif worker is not None and worker.name in self._down:
@@ -218,7 +225,7 @@ class Supervisor:
     def _on_death(self, worker: WorkerProcess, death: Death) -> None:
         self._down[worker.name] = f"its worker {death.reason} and is started again"
         for key in worker.wanted:
-            self._reports.pop(key, None)
+            self._keep_count(key)
         suspect = death.suspect
         if suspect is None or suspect not in self._assignments:
             return
@@ -255,11 +262,21 @@ class Supervisor:
 
     # private
 
+    def _keep_count(self, key: str) -> None:
+        """What its runner has counted so far goes on counting when the next one starts at zero."""
+        report = self._reports.pop(key, {})
+        counted = self._counted.setdefault(key, {})
+        for counter in _COUNTED:
+            if isinstance(report.get(counter), int):
+                counted[counter] = counted.get(counter, 0) + report[counter]
+
     def _forget(self, key: str, gone: bool = False) -> None:
         """A new start for an instance that changed, was resumed or went."""
-        for remembered in (self._parked, self._deaths, self._alarms, self._reports):
+        self._keep_count(key)
+        for remembered in (self._parked, self._deaths, self._alarms):
             remembered.pop(key, None)
         if gone:
+            self._counted.pop(key, None)
             self._paused.discard(key)
             self._placed.pop(key, None)
 

@@ -81,7 +81,7 @@ def profile() -> collections.Counter[str]:
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        engine = Engine(OpenGate(), loop.call_soon, now=loop.time(), wall_ms=int(time.time() * 1000))
+        engine = Engine(OpenGate(), loop.call_soon, clock=loop.time, wall_ms=int(time.time() * 1000))
         info = ListenerInfo("tcp", kind="tcp")
         server = await loop.create_server(lambda: _Forward(engine, info), "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
@@ -122,8 +122,7 @@ def profile() -> collections.Counter[str]:
         finished = asyncio.Event()
         thread = threading.Thread(target=clients)
         thread.start()
-        while not ready.is_set():
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(ready.wait, 30)
         calls.clear()
         sys.setprofile(on_event)
         go.set()

@@ -91,7 +91,9 @@ async def test_order_is_kept_for_each_key(kafka: servers.Kafka, topic: str, open
         assert values([r for r in stored if r.key == b"dev-%d" % client]) == list(range(client, 3000, 7))
 
 
-async def test_s07_the_record_that_is_too_large_fails_alone_and_in_order(kafka: servers.Kafka, topic: str, opened: Open):
+async def test_s07_the_record_that_is_too_large_fails_alone_and_in_order(
+    kafka: servers.Kafka, topic: str, opened: Open
+):
     """Poison in the middle of a batch."""
     await kafka.create_topic(topic, 1)
     sink = await opened(kafka, topic, compression="none")
@@ -117,7 +119,9 @@ async def test_a_topic_that_takes_less_is_found_out(kafka: servers.Kafka, topic:
     assert values(await kafka.read(topic, 199)) == [n for n in range(200) if n != 77]
 
 
-async def test_a_record_the_broker_refuses_is_found_by_taking_the_batch_apart(kafka: servers.Kafka, topic: str, opened: Open):
+async def test_a_record_the_broker_refuses_is_found_by_taking_the_batch_apart(
+    kafka: servers.Kafka, topic: str, opened: Open
+):
     """A compacted topic refuses a record without key, and with it the whole batch (error 87)."""
     await kafka.create_topic(topic, 1, {"cleanup.policy": "compact"})
     sink = await opened(kafka, topic, key="${payload.k}", value="${payload.n}")
@@ -189,7 +193,7 @@ async def test_s12_more_partitions_are_found_and_told(
 
 async def test_a_partition_that_does_not_exist_is_fatal(kafka: servers.Kafka, topic: str, opened: Open):
     await kafka.create_topic(topic, 2)
-    with pytest.raises(Fatal, match="partition = 2.*2 partitions"):
+    with pytest.raises(Fatal, match=r"partition = 2.*2 partitions"):
         await (await opened(kafka, topic, partition=2)).write(records(1))
     await (await opened(kafka, topic, partition=1)).write(records(1))
     assert (await kafka.read(topic, 1))[0].partition == 1
@@ -226,14 +230,21 @@ async def test_nobody_there_is_told_within_the_bound(free_port: Callable[[], int
 
 
 async def test_a_server_that_never_answers_is_told_within_the_bound(opened: Open):
-    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1")
-    sink = await opened("127.0.0.1:%d" % silent.sockets[0].getsockname()[1], "t", request_timeout="500ms")
+    async def swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+    silent = await asyncio.start_server(swallow, "127.0.0.1")
+    port = silent.sockets[0].getsockname()[1]
+    sink = await opened(f"127.0.0.1:{port}", "t", request_timeout="500ms")
     began = time.monotonic()
     with pytest.raises(NotConnected, match="does not answer"):
         await sink.write(records(1))
     assert time.monotonic() - began < 3
     await sink.close()
     silent.close()
+    await silent.wait_closed()
 
 
 # --- Kafka that stops
@@ -244,7 +255,9 @@ def own(start_kafka: Callable[..., servers.Kafka]) -> Iterator[servers.Kafka]:
     return start_kafka()
 
 
-async def test_a_killed_broker_loses_nothing_doubles_nothing_and_keeps_order(own: servers.Kafka, topic: str, opened: Open):
+async def test_a_killed_broker_loses_nothing_doubles_nothing_and_keeps_order(
+    own: servers.Kafka, topic: str, opened: Open
+):
     await own.create_topic(topic, 2)
     sink = await opened(own, topic)
     stalls = []
@@ -349,7 +362,12 @@ def test_secured_listeners(secure: servers.Kafka, certs: servers.Certificates, c
     wrong = {**plain, "password": "not-the-password"}
 
     async def write(listener: str, **keys: Any) -> None:
-        config = {"servers": [secure.listeners[listener]], "filters": ["#"], "topic": "secured", "request_timeout": "3s"}
+        config = {
+            "servers": [secure.listeners[listener]],
+            "filters": ["#"],
+            "topic": "secured",
+            "request_timeout": "3s",
+        }
         sink = await open_kafka(KafkaConfig.model_validate({**config, **keys}))
         try:
             await sink.check()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import servers
-from tests.build import copy_pure
+from tests.build import copy_pure, need_setuptools
 from tests.servers import Process
 
 
@@ -76,6 +76,7 @@ def test_both_lines_of_the_first_start_work_as_they_stand(tmp_path: Path, root: 
 def test_the_wheel_runs_from_an_empty_folder(tmp_path: Path) -> None:
     """Installed without the checkout in sight; its dependencies are those of the running Python."""
     pytest.importorskip("pip")
+    need_setuptools()
     tree, site, empty = tmp_path / "tree", tmp_path / "site", tmp_path / "empty"
     tree.mkdir()
     empty.mkdir()

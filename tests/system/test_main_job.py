@@ -107,14 +107,14 @@ def test_fragments_dropped_one_by_one_bring_the_main_job_up(
         # acknowledged before the sink's worker may even be there: the queue is the broker's
         alice.publish("telemetry/alice/temperature", b"1")
         assert reload(broker, "31-sink-sqlite.toml", fragments.sqlite())["added"] == "sinks.sqlite"
-        broker.wait_for("sinks", "sqlite", "connected")
-        broker.wait_for("sinks", "kafka", "connected")
+        broker.wait_for("sinks", "sqlite", "running")
+        broker.wait_for("sinks", "kafka", "running")
         before = workers(broker)
         assert (
             reload(broker, "40-bridge-hq.toml", fragments.bridge(peer.url, broker.where, "hq-pw"))["added"]
             == "bridges.hq"
         )
-        broker.wait_for("bridges", "hq", "connected")
+        broker.wait_for("bridges", "hq", "running")
         assert before <= workers(broker)
         ports = until(lambda: bridge_ports(peer), "the bridge at headquarters")
 
@@ -154,7 +154,7 @@ def test_fragments_dropped_one_by_one_bring_the_main_job_up(
     records = asyncio.run(kafka.read("main-job", 3))
     assert [(r.key, r.value) for r in records] == [(b"alice-1", b"1"), (b"alice-1", b"2"), (b"alice-1", b"3")]
     status = broker.status()
-    assert {name: s["state"] for name, s in status["sinks"].items()} == {"kafka": "connected", "sqlite": "connected"}
+    assert {name: s["state"] for name, s in status["sinks"].items()} == {"kafka": "running", "sqlite": "running"}
     assert status["sinks"]["kafka"]["acked"] == 3
     assert broker.stop() == 0, broker.process.tail()
 

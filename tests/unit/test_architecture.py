@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests import build
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 EDGES = {"extend", "config", "runtime"}
 ALLOWED: dict[str, set[str]] = {
-    # mqtt <- engine <- access <- net, features, admin, gateways, store, cluster <- app <- cli; mqtt <- client <- bridges
+    # mqtt <- engine <- access <- net, features, admin, gateways, store, cluster <- app <- cli
+    # mqtt <- client <- bridges
     "mqtt": set(),
     "engine": {"mqtt"},
     "config": {"extend"},
@@ -77,11 +80,9 @@ def wrong_imports(paths: list[Path], own: str | None, allowed: set[str]) -> list
         for line, name in imports(path):
             where = f"{path.relative_to(ROOT)}:{line}: {name}"
             room = room_of(name)
-            if (
-                (room is not None and room != own and room not in allowed)
-                or name.split(".")[0] in BACKENDS
-                and own is not None
-            ):
+            foreign_room = room is not None and room != own and room not in allowed
+            backend = own is not None and name.split(".")[0] in BACKENDS
+            if foreign_room or backend:
                 wrong.append(where)
     return sorted(set(wrong))
 
@@ -146,15 +147,11 @@ def test_the_top_level_holds_nothing_but_what_was_agreed() -> None:
 
 @pytest.mark.timeout(180)
 def test_the_wheel_holds_the_four_packages_and_the_fragments_and_nothing_else(tmp_path: Path) -> None:
-    build = pytest.importorskip("setuptools.build_meta")
-    if not hasattr(build, "__file__") or int(__import__("setuptools").__version__.split(".")[0]) < 77:
-        pytest.skip("setuptools is older than the build asks for")
+    build.need_setuptools()
     environment = {**os.environ, "ISTHMUS_COMPILE": "never"}
     tree = tmp_path / "tree"
-    from tests.build import copy_pure
-
     tree.mkdir()
-    copy_pure(tree)
+    build.copy_pure(tree)
     code = f"from setuptools.build_meta import build_wheel; print(build_wheel({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -22,13 +22,15 @@ def metadata(**changes: object) -> str:
 
 
 def publish(*pairs: tuple[str, str], **properties: object) -> Publish:
-    return Publish(b"a/b/c", b'{"v":1}', 1, False, False, 7, Properties(user_properties=list(pairs) or None, **properties))
+    return Publish(
+        b"a/b/c", b'{"v":1}', 1, False, False, 7, Properties(user_properties=list(pairs) or None, **properties)
+    )
 
 
 def full(**changes: object) -> Record:
     values = dict(
-        topic="telemetry/dev-1/temp", payload=b'{"v": 21.5, "unit": "C", "list": [10, {"x": true}], "none": null}', qos=1,
-        retain=True, clientid="dev-1", username="alice", peerhost="10.0.0.7", msgid=MSGID, ts=1_700_000_000_007,
+        topic="telemetry/dev-1/temp", payload=b'{"v": 21.5, "unit": "C", "list": [10, {"x": true}], "none": null}',
+        qos=1, retain=True, clientid="dev-1", username="alice", peerhost="10.0.0.7", msgid=MSGID, ts=1_700_000_000_007,
         content_type="application/json", response_topic="answers/1", correlation_data=b"\x00\xff",
         user_properties=[("unit", "C"), ("unit", "F"), ("a.b", "dotted")], node="node-1",
     )  # fmt: skip
@@ -115,7 +117,14 @@ def test_a_template_that_is_one_placeholder_yields_the_value_itself(text: str, v
 
 @pytest.mark.parametrize(
     "text",
-    ["${payload.nowhere}", "${payload.v.deeper}", "${payload.list[9]}", "${payload.list.x}", "${topic[3]}", "${user_property.no}"],
+    [
+        "${payload.nowhere}",
+        "${payload.v.deeper}",
+        "${payload.list[9]}",
+        "${payload.list.x}",
+        "${topic[3]}",
+        "${user_property.no}",
+    ],
 )
 def test_what_a_record_does_not_have_is_none(text: str):
     assert render(text) is None
@@ -155,7 +164,7 @@ def test_the_payload_is_parsed_once_for_all_templates(monkeypatch: pytest.Monkey
             return real(data)
 
     monkeypatch.setattr(module, "orjson", Counting)
-    first, second = full(payload=bytes(b'{"v": 1}')), full(payload=bytes(b'{"v": 2}'))
+    first, second = full(payload=b'{"v": 1}'), full(payload=b'{"v": 2}')
     assert [render(t, r) for r in (first, second) for t in ("${payload.v}", "${payload.w}", "x${payload.v}")] == [
         1, None, "x1", 2, None, "x2",
     ]  # fmt: skip
@@ -182,7 +191,8 @@ def test_the_envelope_holds_a_binary_payload_in_base64_and_null_for_the_unknown(
 
 
 @pytest.mark.parametrize(
-    "text", ["${nothing}", "${clientid.x}", "${payloads}", "${user_property}", "${topic.x}", "${topic[0][1]}", "${qos[1]}"]
+    "text",
+    ["${nothing}", "${clientid.x}", "${payloads}", "${user_property}", "${topic.x}", "${topic[0][1]}", "${qos[1]}"],
 )
 def test_a_placeholder_no_message_has_is_refused_when_the_configuration_is_read(text: str):
     with pytest.raises(ValueError, match=r"\$\{"):

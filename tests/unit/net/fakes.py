@@ -23,6 +23,13 @@ from broker.config.listeners import KINDS, ListenerConfig
 CONNECT = b"\x10\x0c\x00\x04MQTT\x04\x02\x00\x3c\x00\x00"
 
 
+async def until(condition: Callable[[], bool], within: float = 5.0) -> None:
+    """For what announces itself to nobody; fails when it does not come true."""
+    async with asyncio.timeout(within):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 class Channel:
     """Records what net tells it; `reply` is written back after each read."""
 

@@ -176,6 +176,7 @@ async def test_b17_a_killed_worker_is_attached_again_within_two_seconds_and_noth
         await rig.running("a")
         await asyncio.sleep(1.1)  # it counts as steady after a second
     assert {int(p) for p in rig.written("a")} == set(range(sent))
+    await until(lambda: rig.status("a")["acked"] > 51, 3)  # more than the last worker alone
     assert rig.alarms == []
 
 

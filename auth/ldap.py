@@ -1,0 +1,264 @@
+"""Lets an LDAP directory judge the password, and turns group membership into rights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from auth._ldap_groups import find_groups
+from broker.access.rules import split_filter
+from broker.config.template import MissingValue, Template
+from broker.connectors import ldap
+from broker.extend.auth import Action, Answer, Client, Grant, Refusal, Rule, Verdict, note
+from broker.extend.registry import Backend
+
+_PLACEHOLDERS = ("username", "clientid", "peerhost", "cert_common_name")
+
+MAX_NAME = 256
+"""Bytes of a user name that is looked up."""
+
+
+class LdapGroup(BaseModel):
+    """`[auth.ldap.groups.NAME]`: what the members of a group may do. Denials count before permissions, then the order
+    of the tables."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+
+    dn: str = Field(min_length=1)
+    """Distinguished name of the group."""
+    publish: tuple[str, ...] = ()
+    """Topic filters members may publish to; with ``${username}``, ``${clientid}``, ``${attr.NAME}``."""
+    subscribe: tuple[str, ...] = ()
+    """Topic filters members may subscribe to and receive from."""
+    deny_publish: tuple[str, ...] = ()
+    """Topic filters members may not publish to, whatever else they may."""
+    deny_subscribe: tuple[str, ...] = ()
+    """Topic filters members may not receive from, whatever else they may."""
+    superuser: bool = False
+    """Members may do everything."""
+
+    @model_validator(mode="after")
+    def _check_filters(self) -> LdapGroup:
+        ldap.split_dn(self.dn)
+        for text in (*self.publish, *self.subscribe, *self.deny_publish, *self.deny_subscribe):
+            split_filter(Template.parse(text, percent=True))
+        return self
+
+    def rules(self, name: str, allow: bool) -> list[Rule]:
+        """The permissions or the denials of this group."""
+        publish, subscribe = (self.publish, self.subscribe) if allow else (self.deny_publish, self.deny_subscribe)
+        kinds: tuple[tuple[Action, tuple[str, ...]], ...] = (("publish", publish), ("subscribe", subscribe))
+        return [
+            Rule(allow, action, Template.parse(text, percent=True), source=f"group {name}")
+            for action, texts in kinds
+            for text in texts
+        ]
+
+
+class LdapConfig(ldap.LdapServer):
+    """`[auth.ldap]`"""
+
+    mode: Literal["search_bind", "direct_bind"] = "search_bind"
+    """search_bind: the service account finds the user's entry, another connection binds as it. direct_bind: the user's
+    name is put into `user_dn` and bound at once; no service account is needed."""
+    base_dn: str = ""
+    """Where the search for a user starts, e.g. ``ou=people,dc=example,dc=com``."""
+    user_filter: Template = Template("(uid=${username})")
+    """Finds the user's entry; placeholders are escaped before use."""
+    exact_name: bool = True
+    """Whether the name must be spelled as in the directory: ``Alice`` is then not ``alice``, although a directory finds
+    either. Applies to the attributes `user_filter` compares with ``${username}``."""
+    user_dn: Template | None = None
+    """With direct_bind: the user's DN, e.g. ``uid=${username},ou=people,dc=example,dc=com``, or for Active Directory
+    ``${username}@corp.example``."""
+    groups: dict[str, LdapGroup] = Field(default_factory=dict)
+    """Tables `[auth.ldap.groups.NAME]`: group → rights."""
+    require_group: tuple[str, ...] = ()
+    """Names of `groups` tables; a user who is in none of these may not connect."""
+    nested_groups: Literal["off", "walk", "memberof", "ad"] = "off"
+    """How groups in groups are found: off (direct members only) | walk (search upwards, at most ten levels) | memberof
+    (follow the memberOf attribute) | ad (Active Directory's own rule)."""
+    group_base_dn: str = ""
+    """Where groups are searched. Default: what the DNs in `groups` have in common."""
+    group_filter: Template = Template("(|(member=${dn})(uniqueMember=${dn})(memberUid=${username}))")
+    """Finds the groups of an entry, for off and walk; ``${dn}`` is the entry, ``${username}`` the user."""
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> LdapConfig:
+        if self.mode == "search_bind" and not self.base_dn:
+            raise ValueError("base_dn: say where users are, e.g. ou=people,dc=example,dc=com")
+        if self.mode == "search_bind" and not self.user_filter.names:
+            raise ValueError("user_filter needs a placeholder, e.g. (uid=${username})")
+        if self.mode == "direct_bind" and (self.user_dn is None or "username" not in self.user_dn.names):
+            raise ValueError("direct_bind needs user_dn with ${username}, e.g. uid=${username},ou=people,dc=example")
+        if self.mode == "direct_bind" and self.user_dn is not None and not _is_dn(self.user_dn) and not self.base_dn:
+            raise ValueError("base_dn: say where the user finds its own entry, e.g. dc=corp,dc=example")
+        for name in self.require_group:
+            if name not in self.groups:
+                raise ValueError(f"require_group: there is no table groups.{name}")
+        for template in (self.user_filter, self.group_filter, self.user_dn or self.user_filter):
+            for name in template.names:
+                if name not in _PLACEHOLDERS and not (name == "dn" and template is self.group_filter):
+                    raise ValueError(f"{template.text!r}: ${{{name}}} is not known here")
+        ldap.check_filter(self.user_filter.render(lambda name: "x"))
+        ldap.check_filter(self.group_filter.render(lambda name: "x"))
+        return self
+
+
+class _Directory:
+    """What both modes share: from an entry to rights."""
+
+    def __init__(self, config: LdapConfig, pool: ldap.LdapPool) -> None:
+        self._config = config
+        self._pool = pool
+        self._names = _compared_with_username(config.user_filter) if config.exact_name else []
+        self._attributes = _attributes(config)
+        self.by_address = any("peerhost" in t.names for t in (config.user_filter, config.user_dn or config.user_filter))
+
+    async def check(self) -> None:
+        await self._pool.ping()
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    async def _rights(self, client: Client, entry: ldap.Entry, searcher: ldap.Searcher) -> Grant | Refusal:
+        config = self._config
+        names = await find_groups(config, searcher, entry, client.username or "") if config.groups else []
+        if config.groups:
+            note(f"groups: {', '.join(names) or 'none'}")
+        if config.require_group and not set(names) & set(config.require_group):
+            return Refusal(f"user {client.username!r} is in none of the groups of require_group", authorized=False)
+        groups = [(name, config.groups[name]) for name in names]
+        rules = [rule for allow in (False, True) for name, group in groups for rule in group.rules(name, allow)]
+        attributes = {}
+        for name in self._attributes:
+            values = entry.texts(name)
+            if len(values) == 1:  # of several values none is the right one
+                attributes[name.lower()] = values[0]
+        return Grant(any(group.superuser for _, group in groups), attributes, tuple(rules))
+
+
+class SearchBind(_Directory):
+    """Finds the user's entry, lets the directory judge the password, then reads the groups."""
+
+    async def authenticate(self, client: Client, password: bytes) -> Answer:
+        if not _usable(client.username, password):
+            return Verdict.DENY
+        entry = await self._find_user(client)
+        if not isinstance(entry, ldap.Entry):
+            return entry
+        result = await self._pool.bind(entry.dn, password)
+        note(f"bind as {entry.dn}: {result.text}")
+        if not result.accepted:
+            return Verdict.DENY
+        return await self._rights(client, entry, self._pool)
+
+    async def rules(self, client: Client) -> Grant | Refusal | None:
+        """The rights a user has now."""
+        if not _usable(client.username):
+            return None
+        entry = await self._find_user(client)
+        return await self._rights(client, entry, self._pool) if isinstance(entry, ldap.Entry) else None
+
+    async def _find_user(self, client: Client) -> ldap.Entry | Verdict:
+        try:
+            query = self._config.user_filter.render(client.get, escape=ldap.escape)
+        except MissingValue as missing:
+            note(f"{missing}: the user cannot be looked up")
+            return Verdict.IGNORE
+        try:
+            found = await self._pool.find(self._config.base_dn, query, self._attributes, limit=1)
+        except ldap.TooMany:
+            note(f"{query} finds more than one entry below {self._config.base_dn}: refused as ambiguous")
+            return Verdict.DENY
+        if not found:
+            note(f"{query} finds nothing below {self._config.base_dn}")
+            return Verdict.IGNORE
+        entry = found[0]
+        note(f"{query} finds {entry.dn or 'an entry without a name'}")
+        if not entry.dn.strip():
+            return Verdict.DENY  # a bind with an empty name is anonymous
+        if self._names and client.username not in [text for name in self._names for text in entry.texts(name)]:
+            note(f"{client.username!r} is not how {' or '.join(self._names)} is spelled there (exact_name = true)")
+            return Verdict.DENY
+        return entry
+
+
+class DirectBind(_Directory):
+    """Binds as the user at once; only the user itself can read its rights."""
+
+    async def authenticate(self, client: Client, password: bytes) -> Answer:
+        template = self._config.user_dn
+        if template is None or not _usable(client.username, password):
+            return Verdict.DENY
+        is_dn = _is_dn(template)
+        if not is_dn and re.search(r'[\x00-\x1f"/\\\[\]:;|=,+*?<>@]', client.username or ""):
+            note("the user name holds characters that may not stand in a logon name")
+            return Verdict.DENY
+        try:
+            dn = template.render(client.get, escape=ldap.escape_dn if is_dn else None)
+        except MissingValue as missing:
+            note(f"{missing}: the user cannot be looked up")
+            return Verdict.IGNORE
+        async with self._pool.user(dn, password) as (result, user):
+            note(f"bind as {dn}: {result.text}")
+            if not result.accepted:
+                return Verdict.DENY
+            entry = await self._own_entry(client, dn if is_dn else None, user)
+            return Verdict.DENY if entry is None else await self._rights(client, entry, user)
+
+    async def _own_entry(self, client: Client, dn: str | None, user: ldap.Searcher) -> ldap.Entry | None:
+        if dn is not None:
+            found = await user.find(dn, "(objectClass=*)", self._attributes, scope="base", limit=1)
+        else:
+            query = self._config.user_filter.render(client.get, escape=ldap.escape)
+            found = await user.find(self._config.base_dn, query, self._attributes, limit=1)
+        note(f"the user's own entry: {found[0].dn if found else 'cannot be read'}")
+        if not found or not found[0].dn.strip():
+            return None
+        if self._names and client.username not in [text for name in self._names for text in found[0].texts(name)]:
+            note(f"{client.username!r} is not how {' or '.join(self._names)} is spelled there (exact_name = true)")
+            return None
+        return found[0]
+
+
+async def open_ldap(config: LdapConfig) -> SearchBind | DirectBind:
+    pool = ldap.LdapPool(config)
+    return SearchBind(config, pool) if config.mode == "search_bind" else DirectBind(config, pool)
+
+
+def _is_dn(template: Template) -> bool:
+    return "=" in template.text.partition("${")[0]
+
+
+def _usable(username: str | None, password: bytes | None = None) -> bool:
+    """Whether these may be sent to a directory at all."""
+    if password is not None and not password:
+        note("an empty password is never sent to a directory")
+        return False  # an unauthenticated bind may succeed, RFC 4513 section 5.1.2
+    usable = bool(username) and "\0" not in (username or "") and len((username or "").encode()) <= MAX_NAME
+    if not usable:
+        note(f"a user name is 1 to {MAX_NAME} bytes without NUL")
+    return usable
+
+
+def _compared_with_username(filter: Template) -> list[str]:
+    return re.findall(r"\(([A-Za-z][A-Za-z0-9-]*)=\$\{username\}\)", filter.text)
+
+
+def _attributes(config: LdapConfig) -> list[str]:
+    """What is read of the user's entry: names to compare, and attributes that occur in topics."""
+    wanted: dict[str, Any] = dict.fromkeys(_compared_with_username(config.user_filter) if config.exact_name else ())
+    for group in config.groups.values():
+        for text in (*group.publish, *group.subscribe, *group.deny_publish, *group.deny_subscribe):
+            for name in Template.parse(text, percent=True).names:
+                if name.startswith("attr."):
+                    wanted[name[5:]] = None
+    if config.groups and config.nested_groups == "memberof":
+        wanted["memberOf"] = None
+    return list(wanted)
+
+
+BACKEND = Backend("auth.ldap", LdapConfig, open_ldap, extra="ldap")

@@ -1,0 +1,111 @@
+"""A session as a value: exported whole from one engine and imported by another, also in the middle of QoS 2."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from broker.engine.inflight import Inflight
+from broker.engine.message import Message, Origin
+from broker.engine.session import Session
+
+FORMAT = 1
+
+
+def export_session(engine: Any, client_id: str) -> dict[str, Any]:
+    """The whole state of a session; its connection is closed and the session leaves this engine.
+
+    Raises KeyError when there is no such session. Times are remaining seconds, so clocks need not agree.
+    """
+    session: Session = engine.sessions[client_id]
+    if session.channel is not None:
+        session.channel.disconnect(0x9D)
+        if client_id not in engine.sessions:
+            raise KeyError(f"the session of {client_id!r} ended with its connection")
+    now = engine.core.now
+    inflight = session.inflight
+    state = {
+        "format": FORMAT,
+        "client_id": client_id,
+        "owner": session.owner,
+        "expiry": session.expiry,
+        "window": session.window,
+        "encoded5": session.encoded5,
+        "subscriptions": [
+            (engine.filter_of(s), s.qos, s.no_local, s.rap, s.ident) for s in session.subscriptions or ()
+        ],
+        "next_id": inflight.next_id if inflight is not None else 1,
+        "inflight": [entry[:4] for entry in inflight.entries()] if inflight is not None else [],
+        "received": bytes(session.received) if session.received is not None else b"",
+        "queue": [
+            (_message(entry[0], now), entry[1], entry[2], entry[3]) for entry in session.queue or () if entry[4] is None
+        ],
+    }
+    session.will = None
+    engine.end_session(session)
+    return state
+
+
+def import_session(engine: Any, state: dict[str, Any]) -> Session:
+    """Take over an exported session. Raises ValueError for an unknown format or a client id already here."""
+    if state.get("format") != FORMAT:
+        raise ValueError(f"a session of format {state.get('format')!r} cannot be imported")
+    client_id = state["client_id"]
+    if client_id in engine.sessions:
+        raise ValueError(f"there is already a session of {client_id!r}")
+    core = engine.core
+    session = Session(client_id, core)
+    session.owner = state["owner"]
+    session.expiry = state["expiry"]
+    session.persistent = True
+    session.window = state["window"]
+    session.encoded5 = state["encoded5"]
+    engine.sessions[client_id] = session
+    for filter, qos, no_local, rap, ident in state["subscriptions"]:
+        engine.restore_subscription(session, filter, qos, no_local, rap, ident)
+    if state["inflight"]:
+        inflight = session.inflight = Inflight()
+        for ident, step, head, body in state["inflight"]:
+            inflight.put(ident, step, head, body)
+        inflight.next_id = state["next_id"]
+    if state["received"]:
+        session.received = bytearray(state["received"])
+        session.received_count = sum(byte.bit_count() for byte in session.received)
+    if state["queue"]:
+        session.queue = deque()
+        for fields, qos, retain, idents in state["queue"]:
+            message = _restored(fields, core.now)
+            session.queue.append((message, qos, retain, idents, None, None))
+            session.queue_bytes += message.size
+    engine.start_expiry(session)
+    return session
+
+
+def _message(message: Message, now: float) -> dict[str, Any]:
+    origin = message.origin
+    return {
+        "topic": message.topic,
+        "payload": message.payload,
+        "qos": message.qos,
+        "retain": message.retain,
+        "properties": message.properties,
+        "expires_in": message.expires - now if message.expires else None,
+        "ident": message.ident,
+        "time_ms": message.time_ms,
+        "origin": (origin.client_id, origin.username, origin.peerhost, origin.instance, origin.node) if origin else None,
+    }
+
+
+def _restored(fields: dict[str, Any], now: float) -> Message:
+    expires = now + fields["expires_in"] if fields["expires_in"] is not None else 0.0
+    origin = None
+    if fields["origin"] is not None:
+        client_id, username, peerhost, instance, node = fields["origin"]
+        origin = Origin(client_id, username, peerhost, instance, None, node)
+    message = Message(
+        fields["topic"], fields["payload"], fields["qos"], fields["retain"], fields["properties"], expires, origin
+    )
+    message.ident = fields["ident"]
+    message.time_ms = fields["time_ms"]
+    return message
+
