@@ -8,14 +8,12 @@ ISTHMUS_COMPILE=never skips compiling.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 HERE = Path(__file__).resolve().parent
@@ -90,20 +88,6 @@ class BuildExtensions(build_ext):
         self.extensions = whole
 
 
-class BuildPython(build_py):
-    """Adds the shipped fragments, so that `isthmus run` works from an empty folder."""
-
-    def run(self) -> None:
-        super().run()
-        if self.editable_mode:
-            return
-        target = Path(self.build_lib) / "broker" / "defaults" / "conf.d"
-        target.mkdir(parents=True, exist_ok=True)
-        for fragment in sorted((HERE / "conf.d").iterdir()):
-            if fragment.is_file():
-                shutil.copyfile(fragment, target / fragment.name)
-
-
 class SourceDistribution(sdist):
     """Adds what building needs and no package holds."""
 
@@ -115,5 +99,5 @@ class SourceDistribution(sdist):
 
 setup(
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython, "sdist": SourceDistribution},
+    cmdclass={"build_ext": BuildExtensions, "sdist": SourceDistribution},
 )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 DEPTH = 10
 """Levels of groups in groups that are followed."""
 MANY = 1_000
-"""Groups of one entry; more is an error, because a denial might be among those left out."""
+"""Groups of one entry that are looked at."""
 BATCH = 20
 """Groups asked about in one search."""
 
@@ -21,9 +21,13 @@ IN_CHAIN = "1.2.840.113556.1.4.1941"
 ACTIVE_DIRECTORY = "1.2.840.113556.1.4.800"
 
 
+class TooManyGroups(Exception):
+    """More groups than are looked at; a denial might be among those left out."""
+
+
 async def find_groups(config: LdapConfig, searcher: ldap.Searcher, entry: ldap.Entry, username: str) -> list[str]:
-    """Names of the `groups` tables the entry belongs to, in their order. Raises BackendUnavailable rather than leave
-    one out."""
+    """Names of the `groups` tables the entry belongs to, in their order. Raises TooManyGroups rather than leave one
+    out."""
     try:
         if config.nested_groups == "memberof":
             found = await _memberof(searcher, entry)
@@ -32,7 +36,7 @@ async def find_groups(config: LdapConfig, searcher: ldap.Searcher, entry: ldap.E
         else:
             found = await _walk(config, searcher, entry, username)
     except ldap.TooMany as error:
-        raise BackendUnavailable(f"too many groups: {error}") from None
+        raise TooManyGroups(str(error)) from None
     return [name for name, group in config.groups.items() if ldap.normalize_dn(group.dn) in found]
 
 
@@ -59,7 +63,7 @@ async def _walk(config: LdapConfig, searcher: ldap.Searcher, entry: ldap.Entry, 
                 level.append(group)
         depth += 1
         if len(found) > MANY:
-            raise BackendUnavailable(f"the user is in more than {MANY} groups")
+            raise TooManyGroups(f"in more than {MANY} groups")
     return found
 
 
@@ -74,7 +78,7 @@ async def _memberof(searcher: ldap.Searcher, entry: ldap.Entry) -> set[str]:
                 continue
             found.add(name)
             if len(found) > MANY:
-                raise BackendUnavailable(f"the user is in more than {MANY} groups")
+                raise TooManyGroups(f"in more than {MANY} groups")
             for group in await searcher.find(dn, "(objectClass=*)", ["memberOf"], scope="base", limit=1):
                 above += group.texts("memberOf")
         if not above:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from auth._ldap_groups import find_groups
+from auth._ldap_groups import TooManyGroups, find_groups
 from broker.access.rules import split_filter
 from broker.config.template import MissingValue, Template
 from broker.connectors import ldap
@@ -125,7 +125,10 @@ class _Directory:
 
     async def _rights(self, client: Client, entry: ldap.Entry, searcher: ldap.Searcher) -> Grant | Refusal:
         config = self._config
-        names = await find_groups(config, searcher, entry, client.username or "") if config.groups else []
+        try:
+            names = await find_groups(config, searcher, entry, client.username or "") if config.groups else []
+        except TooManyGroups as error:
+            return Refusal(f"user {client.username!r}: {error}", authorized=False)
         if config.groups:
             note(f"groups: {', '.join(names) or 'none'}")
         if config.require_group and not set(names) & set(config.require_group):
@@ -238,10 +241,21 @@ def _usable(username: str | None, password: bytes | None = None) -> bool:
     if password is not None and not password:
         note("an empty password is never sent to a directory")
         return False  # an unauthenticated bind may succeed, RFC 4513 section 5.1.2
+    if password is not None and not _is_text(password):
+        note("the password is not UTF-8 text")
+        return False  # RFC 4513 section 5.1.3; no directory holds such a one
     usable = bool(username) and "\0" not in (username or "") and len((username or "").encode()) <= MAX_NAME
     if not usable:
         note(f"a user name is 1 to {MAX_NAME} bytes without NUL")
     return usable
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _compared_with_username(filter: Template) -> list[str]:

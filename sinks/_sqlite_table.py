@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from broker.config.template import Template
+from broker.config.template import Placeholder, Template
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _INTEGERS = {"ts", "qos", "retain"}
@@ -17,25 +17,28 @@ _POISON = {sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISM
 
 
 def identifier(name: str) -> str:
+    """The name as it is; ValueError when it is none."""
     if not _IDENTIFIER.fullmatch(name) or name.lower().startswith("sqlite_"):
         raise ValueError(f"{name!r} is not a name for a table or column: letters, digits and _, at most 63")
     return name
 
 
 def insert(table: str, columns: list[str], key: str | None) -> str:
+    """The statement that stores one row, once per value of the column `key`."""
     names = ", ".join(f'"{name}"' for name in columns)
     again = f' ON CONFLICT("{key}") DO NOTHING' if key else ""  # OR IGNORE would also hide NOT NULL and CHECK
     return f'INSERT INTO "{table}" ({names}) VALUES ({", ".join("?" * len(columns))}){again}'
 
 
 def declare(name: str, template: Template, key: bool) -> str:
-    roots = {placeholder.split(".")[0] for placeholder in template.names}
-    single = template.text == f"${{{next(iter(template.names), '')}}}"
-    kind = "INTEGER" if single and roots <= _INTEGERS else "" if single and roots <= _ANY_TYPE else "TEXT"
+    """A column of CREATE TABLE whose affinity leaves the template's values as they are."""
+    only = template.segments[0] if len(template.segments) == 1 else None
+    root = only.root if isinstance(only, Placeholder) else ""
+    kind = "INTEGER" if root in _INTEGERS else "" if root in _ANY_TYPE else "TEXT"
     return f'"{name}" {kind}'.strip() + (" PRIMARY KEY" if key else "")
 
 
-def value(value: Any) -> Any:
+def cell(value: Any) -> Any:
     """Text where the bytes are UTF-8, a BLOB where they are not; lists and objects as JSON."""
     if isinstance(value, bytes):
         try:
@@ -46,6 +49,7 @@ def value(value: Any) -> Any:
 
 
 def is_poison(error: Exception) -> bool:
+    """Whether the row is to blame, and would be at every further try."""
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", None)
         return isinstance(error, sqlite3.DataError | sqlite3.InterfaceError) if code is None else code & 0xFF in _POISON

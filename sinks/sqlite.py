@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import sqlite3
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import orjson
 from pydantic import Field, field_validator
 
 from broker.config.template import Template
@@ -20,6 +18,7 @@ from broker.config.types import ConfigPath, Duration
 from broker.extend.record import RecordTemplate, Render, compile_template
 from broker.extend.registry import Backend
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record, SinkConfig
+from sinks._sqlite_table import cell, declare, identifier, insert, is_poison
 
 _CLOSE_WITHIN = 4.0
 
@@ -59,7 +58,7 @@ class SqliteConfig(SinkConfig):
     @field_validator("columns")
     @classmethod
     def _columns_are_identifiers(cls, columns: dict[str, Template]) -> dict[str, Template]:
-        if len({table.identifier(name).lower() for name in columns}) < len(columns):
+        if len({identifier(name).lower() for name in columns}) < len(columns):
             raise ValueError("two columns differ only in upper and lower case, which SQLite takes for the same")
         return columns
 
@@ -71,7 +70,7 @@ class Sqlite:
         self._config = config
         self._renders: list[Render] = [compile_template(template) for template in config.columns.values()]
         self._key = next((name for name, template in config.columns.items() if template.text == "${msgid}"), None)
-        self._insert = _insert(config.table, list(config.columns), self._key)
+        self._insert = insert(config.table, list(config.columns), self._key)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite-{config.name}")
         self._db: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
@@ -103,7 +102,7 @@ class Sqlite:
         rows: dict[int, Row] = {}
         for position, record in enumerate(batch):
             try:
-                rows[position] = tuple(_value(render(record)) for render in self._renders)
+                rows[position] = tuple(cell(render(record)) for render in self._renders)
             except (TypeError, ValueError) as error:
                 failed[position] = f"cannot be rendered: {error}"
         try:
@@ -126,7 +125,7 @@ class Sqlite:
             db.executemany(self._insert, rows.values())
             return {}
         except Exception as error:
-            if not _is_poison(error):
+            if not is_poison(error):
                 raise
         db.execute("ROLLBACK")
         db.execute("BEGIN IMMEDIATE")
@@ -135,7 +134,7 @@ class Sqlite:
             try:
                 db.execute(self._insert, row)
             except Exception as error:
-                if not _is_poison(error):
+                if not is_poison(error):
                     raise
                 refused[position] = f"{self._config.table}: {error}"
         return refused
@@ -156,7 +155,7 @@ class Sqlite:
         self._db = db
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
-        columns = ", ".join(_declare(name, t, name == self._key) for name, t in self._config.columns.items())
+        columns = ", ".join(declare(name, t, name == self._key) for name, t in self._config.columns.items())
         db.execute(f'CREATE TABLE IF NOT EXISTS "{self._config.table}" ({columns})')
         self._verify(db)
         self._inode = _inode(path)

@@ -82,6 +82,8 @@ class Hash:
                 bcrypt.checkpw(b"", self._text.encode())  # the same time as any other wrong password
                 return False
             return bcrypt.checkpw(password, self._text.encode())
+        if b"\0" in password:
+            return False  # HMAC takes "secret" and "secret\0" for the same key
         if self.scheme == "pbkdf2":
             found = hashlib.pbkdf2_hmac("sha512", password, self._salt, self._iterations, len(self._digest))
         else:

@@ -100,8 +100,8 @@ class ControlServer:
             while line := await reader.readline():
                 writer.write(json.dumps(await self._answer(line), default=str).encode() + b"\n")
                 await writer.drain()
-        except (ConnectionError, ValueError):
-            pass  # the other side left, or sent a line without end
+        except (ConnectionError, ValueError, asyncio.CancelledError):
+            pass  # the other side left, or sent a line without end; or `close` ended this task
         finally:
             self._connections.discard(task)
             writer.close()

@@ -10,15 +10,12 @@ from typing import Any
 import pytest
 
 from bridges.mqtt import open_mqtt
-from broker.client.connection import Handler, connect
+from broker.client.connection import connect
 from broker.mqtt.properties import user_property
 from tests.integration.bridge_harness import (
-    NAME,
-    Attach,
     Receiver,
     configure,
     connected,
-    create_sessions,
     receiver,
     running,
     sender,
@@ -120,13 +117,17 @@ async def test_both_ways_on_everything_shows_each_message_once(
 async def test_b06_two_bridges_in_a_circle_stop_after_one_turn(near: Mosquitto, far: Mosquitto) -> None:
     """The peer mosquitto sends everything straight back through a rule of its own, as a second bridge would."""
     config = configure(
-        servers=[far.url], protocol="5", topics=[("ring/#", "out", 1), {"filter": "back/#", "direction": "in", "qos": 1}]
+        servers=[far.url],
+        protocol="5",
+        topics=[("ring/#", "out", 1), {"filter": "back/#", "direction": "in", "qos": 1}],
     )
 
     class Mirror(Receiver):
         def on_publish(self, conn: Any, publish: Any) -> None:
             super().on_publish(conn, publish)
-            back.conn.publish(publish.topic.replace(b"ring", b"back"), publish.payload, 0, False, publish.properties.forward)
+            back.conn.publish(
+                publish.topic.replace(b"ring", b"back"), publish.payload, 0, False, publish.properties.forward
+            )
 
     mirror = Mirror()
     async with running(config, near.url) as bridge, receiver(near.url, "back/#") as here, sender(near.url) as out:
@@ -192,7 +193,7 @@ async def test_b03_qos_2_with_both_links_cut_at_random_loses_and_duplicates_noth
     assert down.check().arrived > 100
 
 
-async def test_b01_b02_qos_1_over_a_link_that_goes_silent_loses_nothing(
+async def test_b02_qos_1_over_a_link_that_goes_silent_loses_nothing(
     near: Mosquitto, far: Mosquitto, start_proxy: Callable[[int], Any]
 ) -> None:
     proxy = await start_proxy(far.port)
@@ -254,9 +255,7 @@ async def test_a_bridge_moves_to_the_next_server_and_back(
     second = start_mosquitto(extra=UNLIMITED)
     proxy = await start_proxy(far.port)
     first_url = f"mqtt://127.0.0.1:{proxy.port}"
-    config = configure(
-        servers=[first_url, second.url], protocol="5", topics=[("up/#", "out", 2), ("down/#", "in", 2)]
-    )
+    config = configure(servers=[first_url, second.url], protocol="5", topics=[("up/#", "out", 2), ("down/#", "in", 2)])
     async with (
         running(config, near.url) as bridge,
         receiver(far.url, "up/#") as at_first,
@@ -278,35 +277,6 @@ async def test_a_bridge_moves_to_the_next_server_and_back(
         await until(lambda: bridge.status().get("server") == first_url, "moved back")
         await out.publish("up/4", b"", 2)  # an identifier the first server may know from before
         await until(lambda: ("up/4", b"") in at_first.seen, "the first server has it again")
-
-
-async def test_a_new_session_of_ours_is_not_taken_for_the_old_one(
-    near: Mosquitto, far: Mosquitto, start_proxy: Callable[[int], Any]
-) -> None:
-    """The remote broker holds identifier 1 of a message we have forgotten; the next message gets 1 as well."""
-    old = await connect(far.url, client_id="region-1", handler=Handler(), clean_start=False, session_expiry=600)
-    old.publish("up/old", b"old", 2, packet_id=1)
-    await old.ping()
-    old.abort()  # PUBREC came or not: the server holds 1
-    config = configure(servers=[far.url], protocol="5", topics=[("up/#", "out", 2)])
-    spec = config.session()
-    attach = Attach(near.url)
-    async with receiver(far.url, "up/#") as there:
-        await create_sessions(near.url, spec)
-        async with running(config, near.url) as bridge, sender(near.url) as out:
-            await connected(bridge)
-            outlet = await attach(NAME, "0", Handler(), spec)  # takes the session over and ends it
-            await outlet.disconnect()
-            forget = await connect(near.url, client_id=f"isthmus/{NAME}/0", handler=Handler())
-            await forget.disconnect()
-            await until(lambda: bridge.status()["connects"] >= 2, "attached to a new session")
-            await connected_again(bridge)
-            await bridge.pause()
-            await create_sessions(near.url, spec)
-            bridge.resume()
-            await connected_again(bridge)
-            await out.publish("up/new", b"new", 2)
-            await until(lambda: ("up/new", b"new") in there.seen, "the new message is not taken for the old")
 
 
 async def test_b14_the_state_of_the_link_is_kept_on_both_brokers(near: Mosquitto, far: Mosquitto) -> None:
@@ -337,7 +307,9 @@ async def test_b20_retained_messages_of_the_remote_come_once_and_cleared_ones_st
 ) -> None:
     proxy = await start_proxy(far.port)
     config = configure(
-        servers=[f"mqtt://127.0.0.1:{proxy.port}"], protocol="5", topics=[{"filter": "r/#", "direction": "in", "qos": 1}]
+        servers=[f"mqtt://127.0.0.1:{proxy.port}"],
+        protocol="5",
+        topics=[{"filter": "r/#", "direction": "in", "qos": 1}],
     )
     async with sender(far.url) as remote, receiver(near.url, "r/#") as here:
         await remote.publish("r/kept", b"1", 1, True)
@@ -356,7 +328,9 @@ async def test_b20_retained_messages_of_the_remote_come_once_and_cleared_ones_st
             assert [topic for topic, _ in here.seen].count("r/kept") == 1
 
 
-async def test_b10_tls_is_verified_on_every_attempt(start_mosquitto: Start, near: Mosquitto, certs: Certificates) -> None:
+async def test_b10_tls_is_verified_on_every_attempt(
+    start_mosquitto: Start, near: Mosquitto, certs: Certificates
+) -> None:
     far = start_mosquitto(tls=certs, extra=UNLIMITED)
     url = f"mqtts://localhost:{far.tls_port}"
     trusted = configure(servers=[url], tls={"ca": str(certs.ca)}, topics=LINES)

@@ -38,7 +38,7 @@ BACKENDS = {
     "sinks": {"connectors", "mqtt"} | EDGES,
     "bridges": {"connectors", "client", "mqtt"} | EDGES,
 }
-TOP = {"app", "identity", "cli", "__main__", "__init__"}
+TOP = {"app", "identity", "defaults", "cli", "__main__", "__init__"}
 FRAGMENTS = "broker/defaults/conf.d/"
 
 
@@ -163,5 +163,10 @@ def test_the_wheel_holds_the_four_packages_and_the_fragments_and_nothing_else(tm
     suffixes = {Path(n).suffix for n in names if ".dist-info/" not in n and not n.startswith(FRAGMENTS)}
     assert suffixes <= {".py", ".typed"}
     shipped = {n.removeprefix(FRAGMENTS) for n in names if n.startswith(FRAGMENTS)}
-    assert shipped == {p.name for p in (ROOT / "conf.d").iterdir() if p.is_file()}
+    assert shipped == {p.name for p in (ROOT / "conf.d").glob("*.toml")}
     assert "00-broker.toml" in shipped
+
+
+def test_the_packaged_fragments_are_the_shipped_ones() -> None:
+    shipped = {p.name: p.read_text("utf-8") for p in (ROOT / "conf.d").glob("*.toml")}
+    assert {p.name: p.read_text("utf-8") for p in (ROOT / FRAGMENTS).glob("*.toml")} == shipped

@@ -195,7 +195,6 @@ def test_config_diff_compares_the_running_broker_with_the_folder(invoke: Invoke,
     assert invoke("config", "diff").exit_code == 2
 
 
-@pytest.mark.filterwarnings("error")
 def test_config_schema_is_json_schema_of_every_section(invoke: Invoke) -> None:
     schema = json.loads(invoke("config", "schema").stdout)
     assert set(schema["properties"]) == {
