@@ -87,6 +87,17 @@ class Settings:
             above = above.rpartition(".")[0]
         return line(origins.get(above, "default"), key, text)
 
+    def located(self, text: str) -> str:
+        """What a room said about an instance or listener, e.g. ``listeners.tcp: bind 127.0.0.1:1883: …``, as the line
+        ``FILE:LINE: KEY: TEXT``; unchanged when it begins with no key."""
+        table, colon, rest = text.partition(": ")
+        field, _, more = rest.partition(" ")
+        if not colon or (table not in self.fingerprints):
+            return text
+        if f"{table}.{field.rstrip(':')}" in {item.key for item in self.items()}:
+            return self.problem(f"{table}.{field.rstrip(':')}", more)
+        return self.problem(table, rest)
+
     def items(self) -> list[Item]:
         """Every value in force, sorted by key, secrets as ``***``."""
         models: list[tuple[Key, BaseModel]] = [((name,), getattr(self, name)) for name in SECTIONS]

@@ -153,9 +153,9 @@ class Engine:
         session.ends_at = 0.0
         keep_alive = connect.keep_alive
         server_keep_alive = None
-        if limits.max_keepalive and (keep_alive == 0 or keep_alive > limits.max_keepalive):
-            if limits.max_keepalive < 65535 and not principal.privileged:
-                keep_alive = int(limits.max_keepalive) if keep_alive or limits.max_keepalive < 65535 else 0
+        if limits.max_keepalive < 65535 and not principal.privileged:
+            if keep_alive == 0 or keep_alive > limits.max_keepalive:
+                keep_alive = int(limits.max_keepalive)
                 server_keep_alive = keep_alive  # [MQTT-3.2.2-21]
         channel.keep_alive = keep_alive * 1.5  # [MQTT-3.1.2-22]
         session.window = limits.max_inflight

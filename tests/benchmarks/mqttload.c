@@ -53,7 +53,7 @@ typedef struct {
 
 static const char *host = "127.0.0.1", *user = NULL, *pass = NULL, *prefix = "load";
 static int port = 1883, npub = 1, nsub = 1, ntopics = 1, qos = 0, subqos = -1, size = 64, version = 4;
-static int groups = 0, window = 1000, conns = 1000, subscribe_idle = 0, nsrc = 1, shared_sub = 0, retain = 0, alltopics = 0;
+static int churning = 0, groups = 0, window = 1000, conns = 1000, subscribe_idle = 0, nsrc = 1, shared_sub = 0, retain = 0, alltopics = 0;
 static double seconds = 5, rate = 1000, warm = 1, ramp = 0;
 static int pids[64], npids;
 static Conn *cs; static int nc, ep;
@@ -125,7 +125,7 @@ static void flush(Conn *c) {
 }
 
 static void send_connect(Conn *c) {
-    uint8_t b[512], *p = b; char id[64]; snprintf(id, sizeof id, "%s-%s-%d", prefix, c->pub ? "p" : "s", c->id);
+    uint8_t b[512], *p = b; char id[64]; snprintf(id, sizeof id, "%s-%s-%d", prefix, churning ? "c" : c->pub ? "p" : "s", c->id);
     p = put_str(p, "MQTT"); *p++ = version; *p++ = 2 | (user ? 0x80 : 0) | (pass ? 0x40 : 0); *p++ = 0; *p++ = 0;
     if (version == 5) { *p++ = 3; *p++ = 0x21; *p++ = 0xff; *p++ = 0xff; }
     char name[128]; if (user && groups) snprintf(name, sizeof name, "%s%d", user, c->id % groups); else snprintf(name, sizeof name, "%s", user ? user : "");
@@ -252,7 +252,7 @@ static void send_filter(Conn *c, int first, uint16_t pid, uint64_t k) {
     memcpy(tail(&c->out, n), h, n); memcpy(tail(&c->out, p - b), b, p - b);
 }
 static int churn(void) {
-    cs = calloc(1, sizeof *cs); subqos = -1; connect_all(1, 0);
+    churning = 1; cs = calloc(1, sizeof *cs); subqos = -1; connect_all(1, 0);
     uint64_t pairs = 0; double start = now(), end = start + seconds; acked = 0;
     while (now() < end) {
         uint64_t due = (uint64_t)((now() - start) * rate);

@@ -130,15 +130,19 @@ async def test_b06_two_bridges_in_a_circle_stop_after_one_turn(near: Mosquitto, 
             )
 
     mirror = Mirror()
-    async with running(config, near.url) as bridge, receiver(near.url, "back/#") as here, sender(near.url) as out:
-        async with sender(far.url) as back:
-            reader = await connect(far.url, client_id="mirror", handler=mirror)
-            await reader.subscribe([("ring/#", 1)])
-            await connected(bridge)
-            await out.publish("ring/1", b"x")
-            await until(lambda: bridge.status().get("dropped_in", {}).get("loop") == 1, "the loop is noticed")
-            assert here.messages == []
-            await reader.disconnect()
+    async with (
+        running(config, near.url) as bridge,
+        receiver(near.url, "back/#") as here,
+        sender(near.url) as out,
+        sender(far.url) as back,
+    ):
+        reader = await connect(far.url, client_id="mirror", handler=mirror)
+        await reader.subscribe([("ring/#", 1)])
+        await connected(bridge)
+        await out.publish("ring/1", b"x")
+        await until(lambda: bridge.status().get("dropped_in", {}).get("loop") == 1, "the loop is noticed")
+        assert here.messages == []
+        await reader.disconnect()
 
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])

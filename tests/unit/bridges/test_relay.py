@@ -134,7 +134,7 @@ async def test_quota_exceeded_is_tried_again_and_never_acknowledged_meanwhile(qo
     assert bench.source.taken() == []
     assert bench.relay.open == 1
     async with asyncio.timeout(3):
-        while not (again := bench.crossed()):
+        while not (again := bench.crossed()):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert (again[0].packet_id, again[0].qos, again[0].dup, again[0].payload) == (7, qos, False, b"x")
     bench.relay.on_answer(answer, 7, 0)

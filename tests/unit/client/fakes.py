@@ -97,7 +97,7 @@ async def connected(
     task = asyncio.ensure_future(
         Connection.connect("mqtt://x", client_id="c", handler=handler, version=version, **options)
     )
-    while not links or not links[-1].writes:
+    while not links or not links[-1].writes:  # noqa: ASYNC110
         await asyncio.sleep(0)
     link = links[-1]
     link.protocol.data_received(packets.encode_connack(version, session_present, 0, properties))

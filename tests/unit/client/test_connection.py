@@ -293,7 +293,7 @@ async def test_a_quiet_connection_pings_and_a_silent_broker_is_given_up(
     conn, link = await connected(links, handler, keep_alive=1000, properties=answer)
     link.taken()
     async with asyncio.timeout(3):
-        while conn.open:
+        while conn.open:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert (0xC0, b"") in link.taken()
     assert isinstance(handler.calls[-1][1], Silent)

@@ -255,3 +255,12 @@ def test_show_lists_every_value_with_its_place_in_the_units_of_the_fragments(loa
     assert shown["sinks.sqlite.filters"] == ('["a/#"]', "conf.d/a.toml:5")
     assert shown["sinks.sqlite.batch.linger"] == ('"5ms"', "default")
     assert list(shown) == sorted(shown)
+
+
+def test_what_a_room_says_about_a_key_is_given_its_place(load: Load) -> None:
+    settings = load(a=LDAP + '[listeners.tcp]\nbind = "127.0.0.1:5"\n')
+    assert settings.located("listeners.tcp: bind 127.0.0.1:5: Address already in use") == (
+        "conf.d/a.toml:4: listeners.tcp.bind: 127.0.0.1:5: Address already in use"
+    )
+    assert settings.located("auth.ldap: is broken: x") == "conf.d/a.toml:1: auth.ldap: is broken: x"
+    assert settings.located("something: else") == "something: else"
