@@ -166,12 +166,12 @@ class Broker:
             try:
                 await self.gate.replace(new)
             except AccessError as error:
-                raise ReloadRefused(f"{error}; nothing was changed") from error
+                raise ReloadRefused(f"{new.located(str(error))}; nothing was changed") from error
             try:
                 await self.listeners.apply(new.listeners)
             except ListenError as error:
                 await self.gate.replace(old)
-                raise ReloadRefused(f"{error}; nothing was changed") from error
+                raise ReloadRefused(f"{new.located(str(error))}; nothing was changed") from error
             self.engine.configure(limits_of(new))
             touched = set(change.added) | set(change.changed)
             for room, instances in (("sinks", new.sinks), ("bridges", new.bridges)):
@@ -287,9 +287,19 @@ async def _serve(settings: Settings, load: Callable[[], Settings], hints: list[s
             os._exit(1)
         broker.stopping.set()
 
+    asked = False
+
+    async def reload_while_asked() -> None:
+        nonlocal asked
+        while asked:  # a signal during a reload may be about files it has already read
+            asked = False
+            await broker.reload_logged()
+
     def on_reload() -> None:
+        nonlocal asked
+        asked = True
         if not tasks:
-            task = loop.create_task(broker.reload_logged())
+            task = loop.create_task(reload_while_asked())
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
@@ -299,7 +309,7 @@ async def _serve(settings: Settings, load: Callable[[], Settings], hints: list[s
     try:
         await broker.start()
     except (ListenError, AccessError, ConfigError) as error:
-        text = "\n".join(error.problems) if isinstance(error, ConfigError) else str(error)
+        text = "\n".join(error.problems) if isinstance(error, ConfigError) else settings.located(str(error))
         print(text, file=sys.stderr)
         await broker.stop()
         return 2

@@ -36,6 +36,19 @@ COPIED = (
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 
 
+NO_UVLOOP = """
+import importlib.machinery, importlib.util, sys
+if "pytest" not in sys.modules:
+    raise ImportError("left out on purpose")
+paths = [p for p in sys.path if p not in ("", __file__.rpartition("/")[0])]
+spec = importlib.machinery.PathFinder.find_spec("uvloop", paths)
+sys.modules["uvloop"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
+"""Hides uvloop from every process that is not a test run: brokers then run on plain asyncio. The tests themselves may
+still compare the two loops."""
+
+
 def listed_modules(root: Path = ROOT) -> set[str]:
     """What pyproject.toml says is compiled."""
     project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
@@ -70,11 +83,11 @@ def copy_pure(target: Path) -> None:
 
 
 def interpreted(arguments: Sequence[str]) -> int:
-    """Unit, packet and conformance tests without a compiled file in sight and without uvloop."""
+    """Unit, packet and conformance tests without a compiled file in sight; brokers without uvloop."""
     with tempfile.TemporaryDirectory(prefix="isthmus-pure-") as folder:
         target = Path(folder)
         copy_pure(target)
-        (target / "uvloop.py").write_text('raise ImportError("left out on purpose")\n')
+        (target / "uvloop.py").write_text(NO_UVLOOP)
         required = [r for r in os.environ.get("REQUIRE", "").split(",") if r and r != "compiled"]
         environment = {**os.environ, "PYTHONPATH": folder, "REQUIRE": ",".join(required)}
         rooms = [r for r in ("tests/unit", "tests/packets", "tests/conformance") if (target / r).is_dir()]

@@ -201,12 +201,13 @@ def certificates(where: Path, client_name: str = "device-1") -> Certificates:
 
 
 def docker_answers() -> bool:
-    """Whether a Docker engine is there to start containers."""
+    """Whether a Docker engine and its `compose` are there to start containers."""
     docker = program("docker")
     if docker is None:
         return False
     try:
-        return subprocess.run([docker, "info"], capture_output=True, timeout=10).returncode == 0
+        asked = (["info"], ["compose", "version"])
+        return all(subprocess.run([docker, *a], capture_output=True, timeout=10).returncode == 0 for a in asked)
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -905,7 +906,7 @@ def install_kafka() -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`install` or `list`."""
+    """`install`, `list` or `fill URL`."""
     if list(arguments) == ["install"]:
         packages = install_packages()
         jars = install_kafka()
@@ -923,7 +924,13 @@ def main(arguments: Sequence[str]) -> int:
             except Absent as error:
                 print(f"{name:10} absent  {error}")
         return 0
-    print("usage: python -m tests.servers install | list", file=sys.stderr)
+    match list(arguments):
+        case ["fill", url]:
+            parts = urlsplit(url)
+            fill(Slapd(url=url, host=parts.hostname or "127.0.0.1", port=parts.port or 389))
+            print(f"people: {', '.join(PEOPLE)}; groups: {', '.join(GROUPS)}")
+            return 0
+    print("usage: python -m tests.servers install | list | fill LDAP-URL", file=sys.stderr)
     return 2
 
 

@@ -90,6 +90,7 @@ class _Story:
         if password is None:
             return Decision(0x86, "a user name without a password")
         chain = self.gate.chain(None)
+        failed: Decision | None = None
         for guard in chain.guards:
             notes = take_notes()
             decision = await Chain((guard,)).decide(client, password)
@@ -99,13 +100,14 @@ class _Story:
                 verdict = "ignore"
             elif verdict == "error" and guard.on_error == "ignore":
                 self.lines.append(f"auth.{guard.name}: error, ignored because on_error is ignore")
+                failed = decision
                 continue
             self.lines.append(f"auth.{guard.name}: {verdict}")
             if verdict != "ignore":
                 return decision
         if not chain.guards:
             return Decision(0x87, "no backend is asked")
-        return Decision(0x86, "no backend knows this user")
+        return failed or Decision(0x86, "no backend knows this user")
 
     def _right(self, principal: Principal, action: int, topic: str, what: str) -> bool:
         if principal.superuser:

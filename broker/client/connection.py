@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ class Connection(asyncio.Protocol):
         self._keep_alive = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._received = self._sent = False
-        self._pinged = 0.0  # loop time of the ping that waits for its answer
+        self._pinged = 0.0  # when the ping was sent that waits for its answer; uvloop's own clock counts whole ticks
         self._pong: asyncio.Future[float] | None = None
         self.round_trip: float | None = None
         """Seconds the last ping took."""
@@ -358,7 +359,7 @@ class Connection(asyncio.Protocol):
 
     def _on_pingresp(self) -> None:
         if self._pinged:
-            self.round_trip = self._loop.time() - self._pinged
+            self.round_trip = time.monotonic() - self._pinged
             self._pinged = 0.0
             pong, self._pong = self._pong, None
             if pong is not None and not pong.done():
@@ -427,7 +428,7 @@ class Connection(asyncio.Protocol):
         self._timer = self._loop.call_later(self._keep_alive / 2, self._check_alive)
 
     def _ping(self) -> None:
-        self._pinged = self._loop.time()
+        self._pinged = time.monotonic()
         self.send(packets.encode_pingreq())
 
     def _break(self, error: Exception, code: int | None) -> None:

@@ -273,7 +273,7 @@ async def connect_many(
         mark = f"bench-{time.time_ns():x}-{number}"
         count = 0
         while loop.time() < until:
-            begin = loop.time()
+            begin = time.monotonic()
             count += 1
             try:
                 conn = await Connection.connect(url, client_id=f"{mark}-{count}", handler=Handler(), **options)
@@ -281,7 +281,7 @@ async def connect_many(
                 result.failed += 1
                 await asyncio.sleep(0.01)
                 continue
-            result.times.append(loop.time() - begin)
+            result.times.append(time.monotonic() - begin)
             result.sent += 1
             await conn.disconnect()
             progress(min(1.0, (loop.time() - start) / seconds), result.sent)

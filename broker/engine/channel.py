@@ -732,7 +732,7 @@ class Channel:
             return
         self.core.count("connect_refused")
         self.outbox.push(packets.encode_connack(self.version, False, code if self.v5 else connack_v3(code)))
-        self._end()
+        self._end(True)
 
     def refuse_late(self) -> None:
         """The absolute deadline of CONNECT passed; only a client that has been understood gets an answer."""
@@ -764,7 +764,7 @@ class Channel:
                 self.outbox.push(packets.encode_connack(5, False, error.code))
             elif error.code == 0x84:
                 self.outbox.push(packets.encode_connack(version, False, 1))  # [MQTT-3.1.2-2]
-            self._end()
+            self._end(version == 5)
         else:
             self.disconnect(error.code)
 
@@ -775,6 +775,8 @@ class Channel:
         if self.v5 and self.state == LIVE:
             self._flush_acks()
             self.outbox.push(packets.encode_disconnect(5, code))  # [MQTT-4.13.1-1]
+            self._end(True)
+            return
         self._end()
 
     def _abort(self, reason: str) -> None:
@@ -784,7 +786,9 @@ class Channel:
             self.engine.report("not_mqtt", f"{self.peer} does not speak MQTT on listener {self.listener.name!r}; closed")
         self._end()
 
-    def _end(self) -> None:
+    def _end(self, last_word: bool = False) -> None:
+        """`last_word`: something was just said that the peer should get to read. Closing a socket with unread input resets
+        it, and the reset overtakes what was said; so only our half is closed now, the rest a moment later."""
         if self.state == CLOSED:
             return
         self._flush_acks()
@@ -802,8 +806,11 @@ class Channel:
                 if hold is not None:
                     hold.owner = None
             self.held = None
-        if link is not None:
-            link.close()
+        if link is None:
+            return
+        if last_word and not self.paused and not self.outbox.congested and self.engine.half_close(link):
+            return
+        link.close()
 
     def lost(self, error: Exception | None = None) -> None:
         """The connection is gone."""

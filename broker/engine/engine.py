@@ -6,6 +6,7 @@ One object per broker, no module-level state. `tick` is called four times a seco
 
 import logging
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +28,8 @@ from broker.mqtt.properties import Properties
 
 log = logging.getLogger(__name__)
 
+LAST_WORD = 0.5
+"""Seconds a peer has to read the reason of its disconnection before the socket is closed."""
 RESERVED = "isthmus/"
 """Client ids of workers; nobody else may use them."""
 
@@ -71,6 +74,7 @@ class Engine:
         self.draining = False
         self._takeovers: dict[str, tuple[int, int]] = {}
         self._waiting: list[tuple[Channel, Route, Message]] = []
+        self._half_closed: deque[tuple[float, Any]] = deque()
         self._next_sweep = now + 60.0
         self.on_connected: Callable[[Channel], None] | None = None
         self.on_disconnected: Callable[[Channel], None] | None = None
@@ -274,6 +278,15 @@ class Engine:
             self.start_expiry(session)
         if self.on_disconnected is not None:
             self.on_disconnected(channel)
+
+    def half_close(self, link: Any) -> bool:
+        """Close our half of the connection now and the rest after a moment; False when the link cannot do that."""
+        can = getattr(link, "can_write_eof", None)
+        if can is None or not can():
+            return False
+        link.write_eof()
+        self._half_closed.append((self.core.now + LAST_WORD, link))
+        return True
 
     def _timer(self, session: Session, name: str, when: float, action: Callable[[], None]) -> None:
         if session.timers is None:
@@ -578,6 +591,8 @@ class Engine:
                 self._look_at(channel, now)
             except Exception as error:
                 self._failed(error)
+        while self._half_closed and self._half_closed[0][0] <= now:
+            self._half_closed.popleft()[1].close()
         for channel in list(core.stalled):
             if channel.deadline <= now:
                 core.count("stalled")

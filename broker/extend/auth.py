@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from broker.config.template import Template
 from broker.config.types import Duration
@@ -115,6 +115,8 @@ Answer = Verdict | Grant | Refusal
 
 class AuthConfig(InstanceConfig):
     """What every `[auth.*]` table understands besides its own keys."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # the input holds passwords
 
     timeout: Annotated[Duration, Field(gt=0, le=60)] | None = None
     """Seconds to wait for one answer. Default: `[access] timeout` (3s)."""

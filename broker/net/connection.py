@@ -60,7 +60,7 @@ class Connection(asyncio.Protocol):
         if identity is None:
             transport.abort()
             return
-        channel = listener.engine.open_channel(transport, listener.info, self.peer, accepted_at=self.since)
+        channel = listener.open_channel(transport, self.peer, self.since)
         if identity:
             channel.identity = identity
         self.channel = channel

@@ -23,11 +23,13 @@ from broker.config.listeners import (
 from broker.engine.listener import ListenerInfo
 from broker.net import binding, tls
 from broker.net.acceptor import Acceptor
+from broker.net.allocation import trim_tls
 from broker.net.connection import Connection, peer_of
 from broker.net.descriptors import Descriptors
 from broker.net.errors import ListenError
 from broker.net.handshakes import Handshakes, Waiting
 from broker.net.lingering import Lingering
+from broker.net.refusal import Refusal
 from broker.net.server import Server
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 SHUTDOWN = 2.0
 """Seconds a peer has to answer our TLS close_notify."""
 SPARE = 16
-"""Connections taken beyond `max_connections`, so that the first refused clients get a CONNACK that says why."""
+"""Connections taken beyond `max_connections` to be told why they are refused; more than that are closed at once."""
 
 
 class Shared:
@@ -264,15 +266,17 @@ class Listener:
         return connection
 
     def _full(self) -> bool:
-        """Whether a further connection is closed at once; the engine refuses the first too many with a reason code."""
+        """Whether a further connection is closed at once; the first ones too many are refused with a reason code."""
         info = self.info
         if not info.max_connections or info.connections < info.max_connections + SPARE:
             return False
-        self._count("max_connections")
-        self.report(
-            "max_connections", f"listener {self.name!r} is full ({info.max_connections}); more are closed at once"
-        )
+        self._report_full()
         return True
+
+    def _report_full(self) -> None:
+        self._count("max_connections")
+        limit = self.info.max_connections
+        self.report("max_connections", f"listener {self.name!r} is full ({limit} connections); more are refused")
 
     def _admit(self, sock: socket.socket) -> bool:
         if self._full():
@@ -321,13 +325,14 @@ class Listener:
         timeout = self.connect_timeout
         since = waiting.deadline - timeout
         try:
-            await self.loop.connect_accepted_socket(
+            transport, _ = await self.loop.connect_accepted_socket(
                 self._factory(waiting.peer, since),
                 waiting.sock,
                 ssl=self.context,
                 ssl_handshake_timeout=max(0.05, waiting.deadline - now),
                 ssl_shutdown_timeout=SHUTDOWN,
             )
+            trim_tls(transport)
         except (OSError, EOFError, asyncio.CancelledError) as error:
             self.released("handshake")
             if isinstance(error, asyncio.CancelledError):
@@ -346,6 +351,14 @@ class Listener:
             protocol.data_received(data)
 
     # what connections call ------------------------------------------------------------------------------------
+
+    def open_channel(self, link: Any, peer: str, since: float) -> Any:
+        """The engine's channel, or one that only refuses when the listener is full."""
+        info = self.info
+        if info.max_connections and info.connections > info.max_connections:
+            self._report_full()
+            return Refusal(self.loop, link)
+        return self.engine.open_channel(link, info, peer, accepted_at=since)
 
     def identity_of(self, transport: Any, peer: str) -> dict[str, str] | None:
         """What the client certificate says; None when the connection must end because of it."""

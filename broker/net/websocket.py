@@ -118,8 +118,7 @@ class WebSocketLink(WSListener):
         headers.clear()  # picows keeps request and answer for as long as the connection lives
         transport.response.headers.clear()
         assert self.protocol is not None
-        engine = self.listener.engine
-        self.channel = engine.open_channel(self, self.listener.info, self.peer, accepted_at=self.protocol.since)
+        self.channel = self.listener.open_channel(self, self.peer, self.protocol.since)
         if identity:
             self.channel.identity = identity
 

@@ -45,10 +45,13 @@ pattern deny dev/+/denied
 
 @pytest.fixture
 def decide(tmp_path: Path) -> Callable[..., bool | None]:
-    def decide(text: str, action: int, topic: str, username: str | None = "u", clientid: str = "c", peer: str = "192.168.1.1") -> bool | None:
+    def decide(
+        text: str, action: int, topic: str, username: str | None = "u", clientid: str = "c", peer: str = "192.168.1.1"
+    ) -> bool | None:
         path = tmp_path / "acl.conf"
         path.write_text(text, newline="")
-        found = RuleSet(read_rules(path)).find(action, topic, topic.split("/"), Principal(clientid, username, peerhost=peer))
+        who = Principal(clientid, username, peerhost=peer)
+        found = RuleSet(read_rules(path)).find(action, topic, topic.split("/"), who)
         return None if found is None else bool(found.allow)
 
     return decide

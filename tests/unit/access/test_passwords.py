@@ -74,7 +74,8 @@ def test_a_file_of_users(tmp_path: Path) -> None:
     ("text", "line", "say"),
     [
         (f"a:{M6}\n\nb:{M6}\n", 2, "blank"), (f"a:{M6}\nnocolon\n", 2, "no colon"), ("a:\n", 1, "empty"),
-        (f":{M6}\n", 1, "name is empty"), (f"a:{M6}\nb:{M6}\na:{M7}\n", 3, "line 1"), ("a:secret\n", 1, "no known kind"),
+        (f":{M6}\n", 1, "name is empty"),
+        (f"a:{M6}\nb:{M6}\na:{M7}\n", 3, "line 1"), ("a:secret\n", 1, "no known kind"),
         (f"a:{M6}\n   \n", 2, "blank"),
     ],
 )  # fmt: skip

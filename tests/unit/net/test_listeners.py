@@ -21,6 +21,7 @@ from broker.net import listener as listener_module
 from broker.net.acceptor import Acceptor
 from broker.net.descriptors import Descriptors
 from broker.net.errors import ListenError
+from broker.net.refusal import protocol_level
 from tests.unit.net.fakes import CONNECT, Authority, Engine, config, until
 
 
@@ -317,12 +318,50 @@ async def test_r02_connections_far_beyond_the_limit_are_closed_at_once_and_count
     for _ in range(3):
         assert await (await connect(listener)).closed() == b""
     await until(lambda: listener.connections == 3)
-    assert listener.refused == {"max_connections": 3}
-    assert "'small' is full (2)" in await engine.reported("max_connections")
+    assert listener.refused["max_connections"] >= 3
+    assert "'small' is full (2 connections)" in await engine.reported("max_connections")
     kept[0].writer.close()
     await until(lambda: listener.connections == 2)
     await connect(listener)
     await until(lambda: listener.connections == 3)
+
+
+V5 = b"\x10\x0d\x00\x04MQTT\x05\x02\x00\x3c\x00\x00\x00"
+V31 = b"\x10\x0e\x00\x06MQIsdp\x03\x02\x00\x3c\x00\x00"
+
+
+@pytest.mark.parametrize(
+    ("packet", "answer"),
+    [
+        (V5, b"\x20\x03\x00\x97\x00"),
+        (CONNECT, b"\x20\x02\x00\x03"),
+        (V31, b"\x20\x02\x00\x03"),
+        (b"\xc0\x00", b""),
+    ],
+)
+async def test_r02_the_first_clients_too_many_are_told_why(
+    listeners: Any, engine: Engine, connect: Any, packet: bytes, answer: bytes
+) -> None:
+    listener = await listeners.open("small", config("tcp", max_connections=1))
+    await connect(listener)
+    await engine.channel()
+    for cut in (len(packet), 3):
+        client = await connect(listener)
+        await client.send(packet[:cut])
+        await asyncio.sleep(0)
+        await client.send(packet[cut:])
+        assert await client.closed() == answer
+    assert len(engine.channels) == 1
+    assert listener.refused == {"max_connections": 2}
+
+
+def test_the_level_is_read_from_as_few_bytes_as_it_takes() -> None:
+    for packet, level in ((V5, 5), (CONNECT, 4), (V31, 3), (b"\x10\xff\xff\x03\x00\x04MQTT\x84", 4)):
+        at = packet.index(b"\x00\x3c") - 2 if b"\x00\x3c" in packet else len(packet) - 1
+        assert protocol_level(packet[:at]) is None
+        assert protocol_level(packet[: at + 1]) == level
+    assert protocol_level(b"\x10\x0c\x00\x04XQTT\x04") == 0
+    assert protocol_level(b"\x10\x0c\x00\x04MQTT\x09") == 0
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from broker.net.allocation import trim_tls
 from broker.net.errors import ListenError
 from broker.net.handshakes import PER_TICK
 from broker.net.tls import UnusableName, acceptable_server_name, hello_server_name, identity
@@ -414,3 +415,16 @@ async def test_r05_a_tls_peer_that_never_reads_is_aborted_within_five_seconds(
     async with asyncio.timeout(5):
         await channel.gone
     assert listener.connections == 0
+
+
+async def test_an_idle_tls_connection_keeps_no_pages_of_its_read_buffer(
+    listeners: Any, engine: Engine, connect: Any, authority: Authority, pair: Pair
+) -> None:
+    client = await hello(connect, await listeners.open("devices", secure(pair)), authority.client())
+    channel = await engine.channel()
+    await client.send(bytes(100_000))
+    await channel.until(lambda: len(channel.received) == 100_000)
+    on_uvloop = "uvloop" in type(asyncio.get_running_loop()).__module__
+    assert trim_tls(channel.link) >= (240_000 if on_uvloop else 0)
+    await client.send(CONNECT)
+    await channel.until(lambda: channel.received.endswith(CONNECT))

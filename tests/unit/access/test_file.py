@@ -1,0 +1,118 @@
+"""The backend of files, alone and behind the gate."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from auth.file import FileConfig, open_file
+from broker.access.gate import AccessError, AccessGate
+from broker.access.passwords import hash_password
+from broker.config.settings import Settings, load_settings
+from broker.extend.auth import Client, Grant, Verdict
+from tests.unit.access.doubles import Login
+
+HASH = hash_password("secret", "pbkdf2")
+
+
+def write(folder: Path, **files: str) -> Settings:
+    (folder / "conf.d").mkdir(exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    (folder / "conf.d" / "10-accounts.toml").write_text(
+        '[auth.accounts]\nkind = "file"\npasswords = "passwords"\nrules = "acl"\n'
+    )
+    return load_settings(folder / "conf.d")
+
+
+async def test_passwords_and_rules_from_files_and_again_after_a_reload(tmp_path: Path) -> None:
+    gate = AccessGate(write(tmp_path, passwords=f"alice:{HASH}\nbob:{HASH}\n", acl="user alice\ntopic a/#\n"))
+    await gate.open()
+    log = Login(gate)
+    alice = await log("alice", b"secret")
+    bob = await log("bob", b"secret")
+    assert (alice.code, bob.code) == (0, 0)
+    assert (await log("alice", b"wrong")).code == 0x86
+    assert (await log("carol", b"secret")).code == 0x86
+    assert (await log("", b"secret")).code == 0x86  # A-04
+    assert gate.may_publish(alice.principal, "a/x") == 1
+    assert gate.may_publish(bob.principal, "a/x") == 0
+    assert log.start("alice", b"secret").code == 0, "cached"
+
+    await gate.replace(write(tmp_path, passwords=f"alice:{HASH}\n", acl="user alice\ntopic read a/#\n"))
+    assert gate.may_publish(alice.principal, "a/x") == 0
+    assert gate.may_receive(alice.principal, "a/x") == 1
+    kicked: list[Any] = []
+    gate.kick = lambda clientid, code: kicked.append(code)
+    await gate._refresher.run_due()
+    assert kicked == [0x87], "bob is no longer in the file"
+    assert (await log("bob", b"secret")).code == 0x86
+    await gate.close()
+
+
+async def test_c08_a_broken_file_is_named_and_changes_nothing(tmp_path: Path) -> None:
+    gate = AccessGate(write(tmp_path, passwords=f"alice:{HASH}\n", acl="topic a\nuser alice\ntopic a/#\n"))
+    await gate.open()
+    alice = await Login(gate)("alice", b"secret")
+    broken = write(tmp_path, acl="user alice\ntopic read\n\ntopic ie#\n")
+    with pytest.raises(AccessError, match=r"^conf\.d/10-accounts\.toml:1: auth\.accounts: .*acl:4: 'ie#'"):
+        await gate.replace(broken)
+    assert gate.may_publish(alice.principal, "a/x") == 1
+    await gate.close()
+    with pytest.raises(AccessError, match="ie#"):
+        await AccessGate(broken).open()
+
+
+async def test_z02_an_empty_rules_file_denies_everything_even_when_no_match_allows(tmp_path: Path) -> None:
+    settings = write(tmp_path, passwords=f"alice:{HASH}\n", acl="# nothing\n")
+    (tmp_path / "conf.d" / "20.toml").write_text('[access]\nno_match = "allow"\n')
+    gate = AccessGate(load_settings(tmp_path / "conf.d"))
+    await gate.open()
+    alice = await Login(gate)("alice", b"secret")
+    assert gate.may_publish(alice.principal, "a") == 0
+    assert settings.access.no_match == "deny"
+    await gate.close()
+
+
+async def test_superusers(tmp_path: Path) -> None:
+    (tmp_path / "passwords").write_text(f"root:{HASH}\nalice:{HASH}\n")
+    files = await open_file(FileConfig(passwords=tmp_path / "passwords", superusers=("root",)))
+    assert await files.authenticate(Client("c", "root"), b"secret") == Grant(superuser=True)
+    assert await files.authenticate(Client("c", "root"), b"other") is Verdict.DENY
+    assert await files.authenticate(Client("c", "alice"), b"secret") is Verdict.ALLOW
+    assert await files.authenticate(Client("c", "nobody"), b"secret") is Verdict.IGNORE
+    assert await files.rules(Client("c", "nobody")) is None
+    await files.burn(b"x")
+    await files.close()
+    with pytest.raises(ValueError, match="ghost"):
+        await open_file(FileConfig(passwords=tmp_path / "passwords", superusers=("ghost",)))
+
+
+async def test_rules_alone_know_nobody_and_refuse_nobody(tmp_path: Path) -> None:
+    (tmp_path / "acl").write_text("{allow, all}.\n")
+    files = await open_file(FileConfig(rules=tmp_path / "acl"))
+    assert await files.authenticate(Client("c", "alice"), b"secret") is Verdict.IGNORE
+    assert await files.rules(Client("c", "alice")) == Grant()
+    await files.close()
+
+
+def test_a_table_without_files_is_refused() -> None:
+    with pytest.raises(ValidationError, match="passwords, rules or both"):
+        FileConfig()
+    with pytest.raises(ValidationError, match="superusers needs passwords"):
+        FileConfig(rules=Path("/x"), superusers=("a",))
+
+
+async def test_c06_a_file_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "passwords"
+    path.write_text(f"a:{HASH}\n")
+    if os.geteuid() == 0:
+        path.unlink()
+    else:
+        path.chmod(0)
+    with pytest.raises(ValueError, match="cannot be read"):
+        await open_file(FileConfig(passwords=path))
