@@ -125,9 +125,8 @@ class Broker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN - 1):
                 await self.listeners.stop_accepting()
-                for number, channel in enumerate(list(self.engine.channels)):
-                    if not channel.listener.privileged:
-                        channel.disconnect(0x8B)
+                for number, channel in enumerate(self.engine.clients()):
+                    channel.disconnect(0x8B)
                     if number % 500 == 499:
                         await asyncio.sleep(0)
                 await self.supervisor.close()
@@ -162,6 +161,7 @@ class Broker:
                     raise ReloadRefused(f"{new.origin(key)}: {key}: needs a restart to change; nothing was changed")
             change = diff(old, new)
             if change.empty:
+                self.listeners.renew_certificates()
                 return change
             try:
                 await self.gate.replace(new)
@@ -178,15 +178,17 @@ class Broker:
                 for name, instance in instances.items():
                     if f"{room}.{name}" in touched:
                         self._ensure(instance)
-            kept = {*new.sinks, *new.bridges}
-            for name in {*old.sinks, *old.bridges} - kept:
+            gone = {*old.sinks, *old.bridges} - {*new.sinks, *new.bridges}
+            for name in gone:
+                self.engine.mute_instance(name)
+            self.settings = new
+            await self.supervisor.apply(new.sinks, new.bridges, new.workers.processes, new.base)
+            for name in gone:  # only now: what left took its leave by itself
                 left = self.engine.remove_instance(name)
                 if left:
                     log.warning(
                         "the queue of %s is an orphan with %d messages; isthmus queues drop %s deletes it", name, left, name
                     )
-            self.settings = new
-            await self.supervisor.apply(new.sinks, new.bridges, new.workers.processes, new.base)
             for warning in new.warnings:
                 log.warning("%s", warning)
             log.info(

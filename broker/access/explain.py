@@ -67,7 +67,7 @@ class _Story:
             return Explanation(self.lines, "error" if decision.code in (0x88, 0x89) else "deny")
         self.lines.append(f"login: {decision.reason}")
         principal = Principal(
-            client.clientid, client.username, peerhost=client.peerhost, backend=decision.backend,
+            client.clientid, client.username, peer=f"{client.peerhost}:0", backend=decision.backend,
             superuser=decision.grant.superuser, own_rules=tuple(decision.grant.rules),
             attributes={name.lower(): value for name, value in decision.grant.attributes.items()}, audit=self._unsafe,
         )  # fmt: skip

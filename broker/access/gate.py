@@ -31,7 +31,8 @@ COMPILED = 4_096
 _SHARED = ("timeout", "max_concurrent", "cache_ttl", "negative_cache_ttl", "on_error")
 """Keys of `[access]` that are defaults of every backend."""
 
-_NO_IDENTITY: Mapping[str, str] = {}
+_EMPTY: Mapping[str, str] = {}
+_NOTHING = Grant()
 
 
 class AccessError(Exception):
@@ -56,9 +57,11 @@ class AccessGate:
         self._explicit = True
         self._chains: dict[tuple[str, ...] | None, Chain] = {}
         self._compiled: dict[tuple[Rule, ...], RuleSet] = {}
+        self._sources: dict[tuple[RuleSet, ...], tuple[RuleSet, ...]] = {}
         self._pending: dict[Any, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._refresher = Refresher(self)
+        self._on_unsafe = self._audit  # one bound method for all principals
         self._refused = limited(logger, "a client was refused")
         self._unsafe = limited(logger, "an identity that may not stand in a topic")
 
@@ -102,6 +105,7 @@ class AccessGate:
         self._no_match = int(settings.access.no_match == "allow")
         self._chains.clear()
         self._compiled.clear()
+        self._sources.clear()
         self.generation += 1
         self._refresher.changed({name for name, kept in fresh.items() if old.get(name, (None, None))[1] is not kept[1]})
         for name, (_, guard) in old.items():
@@ -140,7 +144,7 @@ class AccessGate:
         if listener.privileged:
             channel.accept(_worker(connect.client_id, channel.peerhost))
             return
-        identity = channel.identity or _NO_IDENTITY
+        identity = channel.identity or _EMPTY
         proved = identity.get("username")
         username = proved or connect.username
         password = connect.password
@@ -274,13 +278,13 @@ class AccessGate:
         identity: Mapping[str, str],
         decision: Decision | None = None,
     ) -> Principal:
-        grant = decision.grant if decision is not None else Grant()
+        grant = decision.grant if decision is not None else _NOTHING
         return Principal(
             clientid, username,
-            peerhost=channel.peerhost, listener=channel.listener.name, auth=channel.listener.auth,
+            peer=channel.peer, listener=channel.listener.name, auth=channel.listener.auth,
             backend=decision.backend if decision is not None else None,
             superuser=grant.superuser, attributes=_attributes(grant), own_rules=tuple(grant.rules),
-            expires_at=grant.expires_at, certificate=identity, audit=self._audit,
+            expires_at=grant.expires_at, certificate=identity, audit=self._on_unsafe,
         )  # fmt: skip
 
     def _look_up(self, principal: Principal) -> None:
@@ -290,7 +294,8 @@ class AccessGate:
                 sources.append(self._compile(tuple(principal.own_rules)))
             if guard.common is not None:
                 sources.append(guard.common)
-        principal.sources = tuple(sources)
+        found = tuple(sources)
+        principal.sources = self._sources.setdefault(found, found)  # shared by all with the same
         principal.rendered = None
         principal.generation = self.generation
 
@@ -299,6 +304,7 @@ class AccessGate:
         if found is None:
             if len(self._compiled) >= COMPILED:
                 self._compiled.clear()
+                self._sources.clear()
             try:
                 found = RuleSet(rules)
             except ValueError as error:
@@ -358,7 +364,10 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _attributes(grant: Grant) -> dict[str, str]:
+def _attributes(grant: Grant) -> Mapping[str, str]:
+    """With names in lower case, as rules look them up."""
+    if not grant.attributes:
+        return _EMPTY
     return {name.lower(): value for name, value in grant.attributes.items()}
 
 
@@ -371,7 +380,7 @@ def _without_password(client: Client) -> Decision:
 def _worker(clientid: str, peerhost: str) -> Principal:
     origin = clientid.split("/")[1] if clientid.startswith(RESERVED) else None
     name = f"{RESERVED}{origin}" if origin else None
-    return Principal(clientid, name, peerhost=peerhost, superuser=True, privileged=True, origin=origin)
+    return Principal(clientid, name, peer=f"{peerhost}:0", superuser=True, privileged=True, origin=origin)
 
 
 __all__ = ["AccessError", "AccessGate", "open_guard"]

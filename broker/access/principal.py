@@ -15,7 +15,7 @@ class Principal:
 
     __slots__ = (
         "__weakref__", "_clientid", "attributes", "audit", "auth", "backend", "certificate", "expires_at",
-        "generation", "listener", "origin", "own_rules", "peerhost", "privileged", "rendered", "sources",
+        "generation", "listener", "origin", "own_rules", "peer", "privileged", "rendered", "sources",
         "superuser", "username",
     )  # fmt: skip
 
@@ -24,7 +24,7 @@ class Principal:
         clientid: str,
         username: str | None = None,
         *,
-        peerhost: str = "",
+        peer: str = "",
         listener: str = "",
         auth: tuple[str, ...] | None = None,
         backend: str | None = None,
@@ -39,7 +39,7 @@ class Principal:
     ) -> None:
         self._clientid = clientid
         self.username = username
-        self.peerhost = peerhost
+        self.peer = peer
         self.listener = listener
         self.auth = auth
         """Names of the backends that decide on its listener; None: all."""
@@ -67,6 +67,12 @@ class Principal:
     def clientid(self, clientid: str) -> None:
         self._clientid = clientid
         self.rendered = None
+
+    @property
+    def peerhost(self) -> str:
+        """The peer's address without its port."""
+        host, colon, _ = self.peer.rpartition(":")
+        return host if colon else self.peer
 
     def forget(self) -> None:
         """Look up the sources of rules again, and fill in their placeholders again."""

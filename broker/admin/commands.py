@@ -53,7 +53,7 @@ class Commands:
             "name": broker.settings.broker.name,
             "version": __version__,
             "uptime_s": round(time.monotonic() - broker.started, 1),
-            "clients": sum(1 for c in broker.engine.channels if c.session is not None and not c.listener.privileged),
+            "clients": len(broker.engine.clients()),
             "sessions": sum(1 for s in broker.engine.sessions if not s.startswith(RESERVED)),
             "subscriptions": broker.engine.router.count,
             "retained": broker.engine.retained_store.count,

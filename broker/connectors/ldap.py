@@ -16,13 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
-from ldap3.core.exceptions import LDAPExceptionError, LDAPInvalidDnError
-from ldap3.operation.search import parse_filter
-from ldap3.utils.dn import parse_dn
 from pydantic import Field, model_validator
 
 from broker.config.types import ConfigPath, Duration, Secret
 from broker.connectors.ldap_link import BindResult, Entry, Link, LinkError, Place, TooMany
+from broker.connectors.ldap_text import check_filter, escape, escape_dn, normalize_dn, split_dn
 from broker.extend.auth import AuthConfig, BackendUnavailable
 
 __all__ = [
@@ -305,73 +303,6 @@ class _UserSearcher(Searcher):
         return await self._pool._run(
             self._own, lambda link, end: link.search(base, filter, attributes, end, scope=scope, limit=limit)
         )
-
-
-def escape(value: str) -> str:
-    """A value inside a search filter, RFC 4515 section 3."""
-    return "".join(f"\\{ord(c):02x}" if c in "\\*()\0" else c for c in value)
-
-
-def escape_dn(value: str) -> str:
-    """A value inside a distinguished name, RFC 4514 section 2.4."""
-    text = "".join(f"\\{c}" if c in ',+"\\<>;=' else f"\\{ord(c):02x}" if ord(c) < 32 else c for c in value)
-    if text.startswith(("#", " ")):
-        text = "\\" + text
-    if text.endswith(" ") and len(value) > 1:
-        text = text[:-1] + "\\ "
-    return text
-
-
-def check_filter(text: str) -> None:
-    """ValueError when this is not a search filter."""
-    try:
-        parse_filter(text, None, True, None, None, False)
-    except (LDAPExceptionError, IndexError, ValueError):
-        raise ValueError(f"{text!r} is not an LDAP search filter such as (uid=x)") from None
-
-
-def normalize_dn(dn: str) -> str:
-    """A form in which two spellings of one DN are equal; text that is no DN is only folded."""
-    try:
-        parts = parse_dn(dn, strip=True)
-    except (LDAPInvalidDnError, IndexError, ValueError):
-        return dn.strip().casefold()
-    return "".join(f"{name.strip().casefold()}={_plain(value).casefold()}{end}" for name, value, end in parts)
-
-
-def split_dn(dn: str) -> list[str]:
-    """The relative names of a DN, the entry's own first; ValueError when it is none."""
-    try:
-        parts = parse_dn(dn, strip=True)
-    except (LDAPInvalidDnError, IndexError):
-        raise ValueError(f"{dn!r} is not a distinguished name such as cn=sensors,ou=groups,dc=example") from None
-    names: list[str] = []
-    joined = False
-    for name, value, end in parts:
-        if joined:
-            names[-1] += f"+{name}={value}"
-        else:
-            names.append(f"{name}={value}")
-        joined = end == "+"
-    return names
-
-
-def _plain(value: str) -> str:
-    """A DN value with its escapes resolved, and runs of spaces as one."""
-    out = bytearray()
-    at = 0
-    while at < len(value):
-        if value[at] != "\\":
-            out += value[at].encode()
-            at += 1
-        elif len(value) >= at + 3 and all(c in "0123456789abcdefABCDEF" for c in value[at + 1 : at + 3]):
-            out.append(int(value[at + 1 : at + 3], 16))
-            at += 3
-        else:
-            out += value[at + 1 : at + 2].encode()
-            at += 2
-    text = " ".join(out.decode("utf-8", "replace").split())
-    return "".join(f"\\{c}" if c in ",+\\=" else c for c in text)
 
 
 def _read_address(text: str, tls: str) -> tuple[str, int, str]:

@@ -46,6 +46,8 @@ cdef class Channel:
     cdef public bint problem_information
     cdef public bint graceful
     cdef public long long bucket
+    cdef public int unanswered
+    cdef public int unreleased
     cdef object __weakref__
 
     cpdef feed(self, bytes data)
@@ -65,6 +67,7 @@ cdef class Channel:
     cpdef _acknowledge(self, int first, int ident, int code)
     cpdef _hold(self, int first, int ident, Hold hold)
     cpdef _flush_acks(self)
+    cpdef bint _forget(self, Session session, int ident) except -1
     cpdef _reply(self, int first, int ident, int code)
     @cython.locals(said=int)
     cpdef _on_pubrec(self, Session session, int ident, int code)

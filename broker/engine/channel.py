@@ -45,6 +45,8 @@ SUSPEND = 2
 PUBLISH_TYPE = 3
 RIGHTS_PER_SESSION = 131_072
 """Topics a session's dictionary of rights may hold before it is started anew."""
+RIGHTS_BYTES = 16 << 20
+"""Bytes of topics it may hold."""
 
 
 class Channel:
@@ -90,6 +92,10 @@ class Channel:
         self.problem_information = True
         self.graceful = False
         self.bucket = -1
+        self.unanswered = 0
+        """QoS 1 messages of this connection whose PUBACK has not left yet."""
+        self.unreleased = 0
+        """QoS 2 messages of this connection whose PUBREL has not come yet."""
 
     @property
     def peerhost(self) -> str:
@@ -120,6 +126,9 @@ class Channel:
             self.pieces = [data]
             self.have = len(data)
             self.need = 0
+            if self.have > BEFORE_LOGIN and not self.paused:
+                self.paused = True
+                self.link.pause_reading()
             return
         self.last_read = self.core.now
         self._guard(data)
@@ -237,6 +246,10 @@ class Channel:
                             run_end = end
                             run_count = 1
                             largest = end - i
+                    elif entry.code > 0xFF:
+                        error = "the topic name is not valid"
+                        code = entry.code & 0xFF
+                        break
                     else:
                         self.core.received += 1
                         self.core.drop("unauthorized" if entry.code == 0x87 else "invalid_topic")
@@ -252,7 +265,7 @@ class Channel:
                     if said == ACK_WRONG:
                         raise ProtocolError(0x82, "PUBACK answers a QoS 2 message")
                     if said == ACK_UNKNOWN:
-                        self.core.count("unknown_ack")
+                        self._unknown(ident)
                 elif first == 0x62:
                     self._on_pubrel(session, ident)
                 elif first == 0x50:
@@ -262,7 +275,9 @@ class Channel:
                     if said == ACK_WRONG:
                         raise ProtocolError(0x82, "PUBCOMP answers a message that was not released")
                     if said == ACK_UNKNOWN:
-                        self.core.count("unknown_ack")
+                        self._unknown(ident)
+                elif first == 0x6A and self.version == 3:
+                    self._on_pubrel(session, ident)  # 3.1 lets PUBREL be repeated with DUP
                 else:
                     raise ProtocolError(0x81, "reserved bits of the fixed header are set")  # [MQTT-2.1.3-1]
             elif kind == 3 and session is not None:
@@ -291,6 +306,9 @@ class Channel:
             self.pieces = [rest]
             self.have = n - i
             self.need = end - i if end > i else 0
+            if self.suspended and self.have > BEFORE_LOGIN and not self.paused:
+                self.paused = True
+                self.link.pause_reading()
         if self.acks:
             self._flush_acks()
         if self.outbox.congested and self.outbox.size > self.outbox.limit and not self.paused and self.link is not None:
@@ -327,7 +345,10 @@ class Channel:
     # publishing -----------------------------------------------------------------------------------------------
 
     def _entry(self, topic: bytes) -> Entry:
-        """The topic's cache entry if this client may publish there, else an entry whose code says why not."""
+        """The topic's cache entry if this client may publish there, else an entry whose code says why not.
+
+        A code above 0xFF: the name breaks a rule of MQTT and the connection ends with the code's lower byte.
+        """
         session = self.session
         assert session is not None
         rights = session.rights
@@ -337,19 +358,24 @@ class Channel:
         if entry is not None and entry.live:
             return entry
         limits = self.core.limits
-        check_text(topic, limits.strict)
+        try:
+            check_text(topic, limits.strict)
+        except ProtocolError as wrong:
+            return Entry(topic, 0x100 | wrong.code)
         if not topics.valid_name(topic):
-            raise ProtocolError(0x90, "a topic name holds a wildcard or is empty")
-        code = 0
+            return Entry(topic, 0x190)  # [MQTT-3.3.2-2]
         if len(topic) > limits.max_topic_length or topics.levels(topic) > limits.max_topic_levels:
-            code = 0x90
-        elif topic[0] == 36 and not self.principal.privileged:
+            return Entry(topic, 0x90)
+        code = 0
+        if topic[0] == 36 and not self.principal.privileged:
             code = 0x87
         elif not self.engine.gate.may_publish(self.principal, topic.decode()):
             code = 0x87
         entry = self.router.entry(topic) if code == 0 else Entry(topic, code)
-        if len(rights) >= RIGHTS_PER_SESSION:
+        session.rights_bytes += len(topic)
+        if len(rights) >= RIGHTS_PER_SESSION or session.rights_bytes > RIGHTS_BYTES:
             rights.clear()
+            session.rights_bytes = len(topic)
         rights[entry.topic] = entry
         return entry
 
@@ -444,7 +470,7 @@ class Channel:
                 raise ProtocolError(0x81, "the packet ends before its packet identifier")
             ident = p[topic_end] << 8 | p[topic_end + 1]
             if ident == 0:
-                raise ProtocolError(0x81, "packet identifier 0")  # [MQTT-2.2.1-3]
+                raise ProtocolError(0x82, "packet identifier 0")  # [MQTT-2.2.1-3]
         props: Properties | None = None
         body_at = off
         if self.v5:
@@ -479,6 +505,8 @@ class Channel:
                 entry = self._entry(p[at + 2 : topic_end])
                 self.memo_entry = entry
                 self.memo = entry.topic
+        if entry.code > 0xFF:
+            raise ProtocolError(entry.code & 0xFF, "the topic name is not valid")
         expires = 0.0
         forward = b""
         if props is not None:
@@ -495,12 +523,8 @@ class Channel:
         if qos == 2 and session.seen(ident):
             self._acknowledge(0x50, ident, 0)
             return CONTINUE
-        if qos and self.v5:
-            waiting = session.received_count + (len(self.held) if self.held is not None else 0)
-            if self.acks is not None:
-                waiting += len(self.acks) >> 2 if qos == 1 else 0
-            if waiting >= self.receive_maximum:
-                raise ProtocolError(0x93, "more unacknowledged messages than the Receive Maximum")  # [MQTT-3.3.4-7]
+        if qos and self.v5 and self.unanswered + self.unreleased >= self.receive_maximum:
+            raise ProtocolError(0x93, "more unacknowledged messages than the Receive Maximum")  # [MQTT-3.3.4-7]
         if code == 0 and props is not None and props.payload_format_indicator == 1 and not _is_text(p[off:end]):
             code = 0x99
         if code:
@@ -543,11 +567,12 @@ class Channel:
         count = self.router.publish(route, message, session, hold)
         if qos == 0:
             return CONTINUE
-        if code:
-            self._acknowledge(0x40 if qos == 1 else 0x50, ident, code if self.v5 else 0)
+        if code and self.v5:
+            self._acknowledge(0x40 if qos == 1 else 0x50, ident, code)
             return CONTINUE
         if qos == 2:
             session.remember(ident)
+            self.unreleased += 1
         if hold is not None and hold.count > 0:
             self._hold(0x40 if qos == 1 else 0x50, ident, hold)
         elif count == 0 and self.v5:
@@ -556,6 +581,8 @@ class Channel:
             acks = self.acks
             if acks is None:
                 acks = self.acks = bytearray()
+            if qos == 1:
+                self.unanswered += 1
             acks.append(0x40 if qos == 1 else 0x50)
             acks.append(2)
             acks.append(ident >> 8)
@@ -568,6 +595,8 @@ class Channel:
 
     def _acknowledge(self, first: int, ident: int, code: int) -> None:
         """PUBACK or PUBREC, behind those that are held. [MQTT-4.6.0-2] [MQTT-4.6.0-3]"""
+        if first == 0x40:
+            self.unanswered += 1
         if code:
             packet = bytes((first, 3, ident >> 8, ident & 255, code))
         else:
@@ -581,8 +610,11 @@ class Channel:
 
     def _hold(self, first: int, ident: int, hold: Hold) -> None:
         if self.held is None:
+            self._flush_acks()
             self.held = deque()
             self.engine.holding.add(self)
+        if first == 0x40:
+            self.unanswered += 1
         hold.done = True
         self.held.append((bytes((first, 2, ident >> 8, ident & 255)), hold, self.core.now))
 
@@ -597,10 +629,14 @@ class Channel:
             if hold is not None and hold.owner is not None:
                 break
             held.popleft()
+            if packet[0] == 0x40:
+                self.unanswered -= 1
             if hold is not None and hold.code:
                 if not self.v5:
                     self._abort("ack_timeout")
                     return
+                if packet[0] == 0x50 and self.session is not None:
+                    self._forget(self.session, packet[2] << 8 | packet[3])  # a failed PUBREC frees the identifier
                 packet = bytes((packet[0], 3, packet[2], packet[3], hold.code))
             out.append(packet)
         if not held:
@@ -614,6 +650,20 @@ class Channel:
         if acks:
             self.outbox.push(bytes(acks))
             self.acks = None
+        if self.held is None:
+            self.unanswered = 0
+
+    def _unknown(self, ident: int) -> None:
+        if ident == 0:
+            raise ProtocolError(0x82, "packet identifier 0")  # [MQTT-2.2.1-3]
+        self.core.count("unknown_ack")
+
+    def _forget(self, session: Session, ident: int) -> bool:
+        if not session.forget(ident):
+            return False
+        if self.unreleased:
+            self.unreleased -= 1
+        return True
 
     def _reply(self, first: int, ident: int, code: int) -> None:
         if self.acks is None:
@@ -624,12 +674,16 @@ class Channel:
             self.acks += bytes((first, 2, ident >> 8, ident & 255))
 
     def _on_pubrel(self, session: Session, ident: int) -> None:
-        self._reply(0x70, ident, 0 if session.forget(ident) else 0x92)
+        if ident == 0:
+            raise ProtocolError(0x82, "packet identifier 0")  # [MQTT-2.2.1-3]
+        self._reply(0x70, ident, 0 if self._forget(session, ident) else 0x92)
 
     def _on_pubrec(self, session: Session, ident: int, code: int) -> None:
         said = session.on_pubrec(ident, code)
         if said == ACK_WRONG:
             raise ProtocolError(0x82, "PUBREC answers a QoS 1 message")
+        if ident == 0:
+            raise ProtocolError(0x82, "packet identifier 0")  # [MQTT-2.2.1-3]
         if code < 0x80:
             self._reply(0x62, ident, 0 if said == ACK_OK else 0x92)
 
@@ -721,14 +775,20 @@ class Channel:
         """The gate's yes: attach the session and answer CONNACK."""
         if self.state != AUTHENTICATING:
             return
-        self.engine.attach(self, self.connect, principal)
+        try:
+            self.engine.attach(self, self.connect, principal)
+        except Exception:
+            log.exception("internal error while client %r from %s connects; its connection is closed", self.client_id, self.peer)
+            self.core.count("internal_error")
+            self._end()
+            return
         self.connect = None
         if self.state == LIVE:
             self.resume_parse()
 
     def refuse(self, code: int) -> None:
         """The gate's no, with an MQTT 5 reason code."""
-        if self.state == CLOSED:
+        if self.state == CLOSED or self.state == LIVE:
             return
         self.core.count("connect_refused")
         self.outbox.push(packets.encode_connack(self.version, False, code if self.v5 else connack_v3(code)))
@@ -796,7 +856,11 @@ class Channel:
         state = self.state
         self.state = CLOSED
         link = self.link
-        self.engine.closed(self, state)
+        try:
+            self.engine.closed(self, state)
+        except Exception:
+            log.exception("internal error after the connection of client %r from %s ended", self.client_id, self.peer)
+            self.core.count("internal_error")
         self.outbox.close()
         self.link = None
         self.pieces = None

@@ -64,7 +64,6 @@ class Engine:
         self.report = report
         self.sessions: dict[str, Session] = {}
         self.groups: dict[tuple[bytes, bytes], ShareGroup] = {}
-        self.channels: set[Channel] = set()
         self.holding: set[Channel] = set()
         self.router = Router(self._may_receive, 64 << 20)
         self.retained_store = Retained(1, 1)
@@ -73,7 +72,8 @@ class Engine:
         self.connected = 0
         self.draining = False
         self._takeovers: dict[str, tuple[int, int]] = {}
-        self._waiting: list[tuple[Channel, Route, Message]] = []
+        self._orphans: set[str] = set()
+        """Instances removed from the configuration whose queues are still here."""
         self._half_closed: deque[tuple[float, Any]] = deque()
         self._next_sweep = now + 60.0
         self.on_connected: Callable[[Channel], None] | None = None
@@ -90,7 +90,11 @@ class Engine:
     def _may_receive(self, principal: Any, topic: str) -> int:
         if principal.privileged:
             return 1
-        answer: int = self.gate.may_receive(principal, topic)
+        try:
+            answer: int = self.gate.may_receive(principal, topic)
+        except Exception as error:  # the publisher is not to suffer from it
+            self._failed(error, "the right to receive could not be decided; denied")
+            return 0
         return answer
 
     # connections ----------------------------------------------------------------------------------------------
@@ -98,7 +102,6 @@ class Engine:
     def open_channel(self, link: Any, listener: ListenerInfo, peer: str, *, accepted_at: float = 0.0) -> Channel:
         """A connection was made. `accepted_at` is the loop's time of accept, from which the deadline counts."""
         channel = Channel(self, self.core, self.router, link, listener, peer, accepted_at or self.core.now)
-        self.channels.add(channel)
         self.wheel.put(channel, channel.deadline)
         return channel
 
@@ -111,7 +114,8 @@ class Engine:
         client_id: str = connect.client_id
         assigned = not client_id
         if assigned:
-            client_id = f"auto-{uuid.uuid4().hex}"  # [MQTT-3.1.3-6]
+            client_id = principal.clientid = f"auto-{uuid.uuid4().hex}"  # [MQTT-3.1.3-6]
+            principal.clientid = client_id
         if client_id.startswith(RESERVED) and not principal.privileged:
             channel.refuse(0x85)
             return
@@ -121,6 +125,10 @@ class Engine:
                 self.report("client_id_taken", f"client id {client_id!r} belongs to another user; {channel.peer} refused")
                 channel.refuse(0x85)
                 return
+        will = connect.will
+        if will is not None and not self._may_will(channel, principal, will):
+            return
+        if session is not None:
             if session.channel is not None:
                 if not self._may_take_over(client_id):
                     channel.refuse(0x9F)
@@ -130,13 +138,13 @@ class Engine:
         if session is not None and session.ends_at and session.ends_at <= core.now:
             self.end_session(session)
             session = None
-        will = connect.will
-        if will is not None and not self._may_will(channel, principal, will):
-            return
         if session is not None and connect.clean_start and session.spec is None:  # [MQTT-3.1.2-4]
             self.end_session(session)
             session = None
         present = session is not None
+        if session is not None and connect.clean_start and not session.durable:
+            session.begin_anew()
+            present = False
         if session is None:
             session = Session(client_id, core)
             session.owner = principal.username
@@ -175,11 +183,12 @@ class Engine:
         session.alias_maximum = alias_out
         session.principal = principal
         session.origin = principal.origin
-        special = alias_out > 0 or principal.privileged
-        if special != session.special:
-            session.special = special
+        session.special = alias_out > 0 or principal.privileged
+        if present:
+            session.rights = None
             for subscription in session.subscriptions or ():
                 self.router.touch(subscription.filter)
+            self._check_subscriptions(session)
         channel.principal = principal
         channel.receive_maximum = limits.receive_maximum if not principal.privileged else 65535
         channel.alias_maximum = limits.topic_alias_maximum if v5 else 0
@@ -192,7 +201,7 @@ class Engine:
                 forward = will.properties.forward
                 session.will_delay = float(will.properties.will_delay_interval or 0)
                 if will.properties.message_expiry_interval is not None:
-                    expires = float(will.properties.message_expiry_interval)
+                    expires = float(will.properties.message_expiry_interval) or 1e-9  # 0.0 is for ever
             session.will = Message(will.topic, will.payload, will.qos, will.retain, forward, expires, channel.origin)
         channel.state = LIVE
         self.connected += 1
@@ -201,8 +210,13 @@ class Engine:
         else:
             self.wheel.remove(channel)
         answer = self._connack_properties(channel, connect, client_id if assigned else None, wanted, expiry, server_keep_alive)
-        channel.outbox.push(packets.encode_connack(channel.version, present, 0, answer))  # [MQTT-3.2.2-2]
         session.attach(channel, channel.outbox, v5)
+        connack = packets.encode_connack(channel.version, present, 0, answer)
+        if len(connack) > session.max_packet:  # [MQTT-3.1.2-24]
+            self.report("packet_limit", f"client {client_id!r} from {channel.peer} takes packets of {session.max_packet} bytes only")
+            channel._abort("packet_limit")
+            return
+        channel.outbox.push(connack)  # [MQTT-3.2.2-2]
         session.resume()
         if self.on_connected is not None:
             self.on_connected(channel)
@@ -246,7 +260,6 @@ class Engine:
     def closed(self, channel: Channel, state: int) -> None:
         """A channel ended: detach its session, publish or schedule the will, start the session's expiry."""
         self.core.now = self.clock()
-        self.channels.discard(channel)
         self.holding.discard(channel)
         self.core.stalled.discard(channel)
         self.wheel.remove(channel)
@@ -259,13 +272,8 @@ class Engine:
         session.detach()
         if channel.graceful:
             session.will = None  # [MQTT-3.14.4-3]
-        shared = session.take_shared()
-        for entry in shared:
-            if entry[5] is None or not entry[5].again(entry, session):
-                if session.persistent:
-                    session.offer(entry[0], entry[1], entry[2], entry[3], None, entry[5])
-                    if entry[4] is not None:
-                        entry[4].release()
+        for entry in session.take_shared():
+            entry[5].again(entry[0], entry[4])
         if session.will is not None:
             delay = min(session.will_delay, session.expiry) if session.persistent else 0.0
             if delay > 0:
@@ -304,7 +312,9 @@ class Engine:
         session.will_delay = 0.0
 
     def set_expiry(self, session: Session, seconds: int) -> None:
-        """DISCONNECT changed the session's expiry."""
+        """DISCONNECT changed the session's expiry; those of instances live as long as they are configured."""
+        if session.spec is not None:
+            return
         session.expiry = min(float(seconds), self.core.limits.session_expiry)
         session.persistent = session.expiry > 0
 
@@ -316,10 +326,14 @@ class Engine:
             return
         if will.expires:
             will.expires += self.core.now
-        if not will.origin.principal.privileged and not self.gate.may_publish(will.origin.principal, will.topic.decode()):
-            self.core.drop("unauthorized")
-            return
-        self.publish(will, session)
+        who = will.origin.principal
+        try:
+            if not who.privileged and not self.gate.may_publish(who, will.topic.decode()):
+                self.core.drop("unauthorized")
+                return
+            self.publish(will, session)
+        except Exception as error:
+            self._failed(error, f"the will of client {session.client_id!r} could not be published")
 
     def end_session(self, session: Session) -> None:
         """Forget a session with everything it holds; a will still waiting is published now. [MQTT-3.1.2-23]"""
@@ -343,7 +357,10 @@ class Engine:
         session.queue = None
         session.queue_bytes = 0
         session.inflight = None
+        session.resend = None
         session.rights = None
+        if session.blocked is not None:
+            session.unblock()
         if will is not None:
             self.publish_will(session)
 
@@ -461,8 +478,9 @@ class Engine:
                 self.router.add(group.entry)
         subscription = Subscription(session, filter, qos, no_local, rap, ident, group)
         if session.subscriptions is None:
-            session.subscriptions = []
-        session.subscriptions.append(subscription)
+            session.subscriptions = [subscription]
+        else:
+            session.subscriptions.append(subscription)
         if group is None:
             self.router.add(subscription)
         else:
@@ -488,6 +506,8 @@ class Engine:
         principal = session.principal
         check_source = self.core.limits.check_retain_source
         for message in self.retained_store.matching(filter, self.core.now):
+            if session.origin is not None and message.origin is not None and message.origin.instance == session.origin:
+                continue
             name = message.topic.decode()
             if principal is not None and not self._may_receive(principal, name):
                 continue
@@ -541,9 +561,9 @@ class Engine:
             changed = True
         if not session.subscriptions:
             session.subscriptions = None
-        if changed and session.queue is not None:
+        if changed and (session.queue is not None or session.retained is not None):
             kept = [s.filter for s in session.subscriptions or ()]
-            session.purge(lambda topic: any(topics.matches(f, topic) for f in kept))
+            session.purge(lambda topic: any(topics.matches(f, topic) for f in kept), "unsubscribed")
         return codes
 
     # rights ---------------------------------------------------------------------------------------------------
@@ -562,15 +582,24 @@ class Engine:
             session.rights = None
             if session.channel is not None:
                 session.channel.memo_entry = None
-            principal = session.principal
-            if principal is None or principal.privileged:
-                continue
-            for subscription in list(session.subscriptions or ()):
-                if not self.gate.may_subscribe(principal, subscription.filter.decode()) and session.subscriptions:
-                    session.subscriptions.remove(subscription)
-                    self._drop_subscription(subscription)
-                    self.core.count("subscription_revoked")
-            session.purge(lambda topic, who=principal: self._may_receive(who, topic.decode()))
+            self._check_subscriptions(session)
+
+    def _check_subscriptions(self, session: Session) -> None:
+        """End the subscriptions and withhold the queued messages that the session's principal has no right to."""
+        principal = session.principal
+        if principal is None or principal.privileged:
+            return
+        for subscription in list(session.subscriptions or ()):
+            if not self.gate.may_subscribe(principal, subscription.filter.decode()) and session.subscriptions:
+                session.subscriptions.remove(subscription)
+                self._drop_subscription(subscription)
+                self.core.count("subscription_revoked")
+        session.purge(lambda topic: self._may_receive(principal, topic.decode()))
+
+    def clients(self) -> list[Channel]:
+        """The connections of devices: every attached session that is not a worker's."""
+        found = [s.channel for s in self.sessions.values() if s.channel is not None]
+        return [c for c in found if not c.listener.privileged]
 
     def kick(self, client_id: str, code: int = 0x98) -> bool:
         """Close a client's connection; False when it has none."""
@@ -599,7 +628,10 @@ class Engine:
                 self.report("stalled", f"client {channel.client_id!r} from {channel.peer} reads nothing; closed")
                 channel.disconnect(0x83)
         for channel in list(self.holding):
-            self._look_at_held(channel, now)
+            try:
+                self._look_at_held(channel, now)
+            except Exception as error:
+                self._failed(error)
         self.timers.run(now, self._failed)
         if now >= self._next_sweep:
             self._next_sweep = now + 60.0
@@ -607,8 +639,8 @@ class Engine:
             second = int(now)
             self._takeovers = {k: v for k, v in self._takeovers.items() if v[0] >= second - 1}
 
-    def _failed(self, error: Exception) -> None:
-        log.error("a timer of the engine failed; the others go on", exc_info=error)
+    def _failed(self, error: Exception, text: str = "a timer of the engine failed; the others go on") -> None:
+        log.error("%s", text, exc_info=error)
         self.core.count("internal_error")
 
     def _look_at(self, channel: Channel, now: float) -> None:
@@ -648,7 +680,10 @@ class Engine:
         `dead_letters` is the spec of the session that keeps `$dlq/<name>`, for sinks.
         """
         principal = InternalPrincipal(f"{RESERVED}{name}", f"{RESERVED}{name}", name)
+        known = f"{RESERVED}{name}/0" in self.sessions
         lanes = [self._ensure_session(f"{RESERVED}{name}/{n}", spec, principal, True) for n in range(spec.lanes)]
+        before = {subscription.filter for session in lanes for subscription in session.subscriptions or ()}
+        self._orphans.discard(name)
         self._ensure_session(f"{RESERVED}{name}/in", spec, principal, False)
         wanted = {f.encode(): qos for f, qos in spec.filters}
         for session in lanes:
@@ -662,6 +697,7 @@ class Engine:
             n += 1
         for filter, qos in wanted.items():
             members = [Subscription(s, filter, qos, False, spec.retain_as_published, 0) for s in lanes]
+            group: Lanes | None = None
             if spec.lanes > 1 and order_key is not None:
                 group = Lanes(members, order_key, self._may_receive)
                 for member in members:
@@ -673,9 +709,11 @@ class Engine:
                 if session.subscriptions is None:
                     session.subscriptions = []
                 session.subscriptions.append(member)
-                if spec.retained == "always" or (spec.retained == "new" and session.created == self.core.now):
-                    for message, level, idents in self._retained_for(session, filter, qos, None):
-                        session.offer(message, level, True, idents, None, None)
+            if (spec.retained == "always" and filter not in before) or (spec.retained == "new" and not known):
+                for message, level, idents in self._retained_for(lanes[0], filter, qos, None):
+                    lane: Any = lanes[0] if group is None else group.pick(message).receiver
+                    level = 1 if spec.upgrade_qos and qos else level
+                    lane.offer(message, level, True, idents, None, None)
         if dead_letters is not None:
             keeper = InternalPrincipal(f"{RESERVED}{name}/dlq", f"{RESERVED}{name}", f"{name}/dlq")
             session = self._ensure_session(f"{RESERVED}{name}/dlq", dead_letters, keeper, True)
@@ -684,6 +722,9 @@ class Engine:
                 session.subscriptions = [subscription]
                 self.router.add(subscription)
         self.router.forget_all()
+        for session in lanes:
+            if session.blocked is not None:
+                session.unblock()  # the limits or what they do may have changed
 
     def _remove_lane_subscription(self, session: Session, subscription: Subscription) -> None:
         if session.subscriptions is not None:
@@ -706,18 +747,26 @@ class Engine:
         session.expiry = float(NEVER)
         return session
 
-    def remove_instance(self, name: str) -> int:
-        """End the subscriptions of an instance; returns how many messages stay behind as an orphan queue."""
-        left = 0
+    def mute_instance(self, name: str) -> None:
+        """End the subscriptions of an instance; its worker may finish what it has received."""
         for session in self.instance_sessions(name):
             for subscription in list(session.subscriptions or ()):
                 self._remove_lane_subscription(session, subscription)
-            left += session.queued
+        self.router.forget_all()
+
+    def remove_instance(self, name: str) -> int:
+        """Cut an instance off; returns how many messages stay behind as an orphan queue."""
+        self.mute_instance(name)
+        left = 0
+        for session in self.instance_sessions(name):
             if session.channel is not None:
                 session.channel.disconnect(0x98)
+            left += session.queued
             if not session.queued:
                 self.end_session(session)
-        self.router.forget_all()
+            elif session.blocked is not None:
+                session.unblock()
+        self._orphans.add(name)
         return left
 
     def instance_sessions(self, name: str) -> list[Session]:
@@ -733,8 +782,9 @@ class Engine:
         """Delete what queues for an instance; returns how many messages."""
         count = 0
         for session in self.instance_sessions(name):
-            count += session.queued
-            session.purge(lambda topic: False)
-            if not session.subscriptions:
+            count += session.queued if name in self._orphans else len(session.queue or ())
+            session.purge(lambda topic: False, "queue_dropped")
+            if name in self._orphans:
                 self.end_session(session)
+        self._orphans.discard(name)
         return count

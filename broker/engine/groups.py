@@ -65,16 +65,21 @@ class ShareGroup:
         target.group = self
         return member.receiver.deliver(message, target, hold) != REFUSED
 
-    def again(self, entry: Any, but: Any) -> bool:
-        """Give what a gone member had not acknowledged to another, connected one; False when there is none."""
-        message, _, _, _, hold, _ = entry
+    def elsewhere(self, but: Any, message: Message) -> bool:
+        """Whether another connected member may have this message."""
+        name = message.topic.decode()
         for member in self.members:
-            if member.receiver is not but and member.receiver.outbox is not None:
-                self._give(member, message, hold)
-                if hold is not None:
-                    hold.release()
-                return True
+            receiver = member.receiver
+            if receiver is not but and receiver.outbox is not None:
+                if receiver.principal is None or self.may_receive(receiver.principal, name):
+                    return True
         return False
+
+    def again(self, message: Message, hold: Hold | None) -> None:
+        """Give what a gone member had not acknowledged to another one."""
+        self.publish(message, None, hold)
+        if hold is not None:
+            hold.release()
 
 
 class Lanes:

@@ -15,6 +15,7 @@ cdef class Flusher:
 
 
 @cython.final
+@cython.no_gc  # `close` breaks the cycle with the transport
 cdef class Outbox:
     cdef public object link
     cdef public Flusher flusher

@@ -26,6 +26,7 @@ cdef class Receiver:
 
 
 @cython.final
+@cython.no_gc  # ends with its session, which breaks the cycle
 cdef class Subscription:
     cdef public Receiver receiver
     cdef public bytes filter

@@ -40,7 +40,7 @@ cdef class Router:
     cdef public Py_ssize_t count
     cdef public object routes
 
-    @cython.locals(node=Node, child=Node, found=list)
+    @cython.locals(node=Node, child=Node)
     cpdef add(self, Subscription subscription)
     cpdef remove(self, Subscription subscription)
     @cython.locals(entry=Entry)

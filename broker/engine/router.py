@@ -57,7 +57,8 @@ class Router:
     def __init__(self, may_receive: Callable[[Any, str], int], cache_bytes: int) -> None:
         self.may_receive = may_receive
         self.cache_bytes = cache_bytes
-        self.exact: dict[bytes, list[Subscription]] = {}
+        self.exact: dict[bytes, Any] = {}
+        """Filters without wildcards: one Subscription, or a list of several."""
         self.root = Node()
         self.entries: dict[bytes, Entry] = {}
         self.index: dict[bytes, dict[bytes, list[Entry]]] = {}
@@ -97,9 +98,11 @@ class Router:
         else:
             found = self.exact.get(filter)
             if found is None:
-                self.exact[filter] = [subscription]
-            else:
+                self.exact[filter] = subscription
+            elif isinstance(found, list):
                 found.append(subscription)
+            else:
+                self.exact[filter] = [found, subscription]
         self.count += 1
         self.touch(filter)
 
@@ -112,11 +115,14 @@ class Router:
                 self.count -= 1
         else:
             found = self.exact.get(filter)
-            if found is not None and subscription in found:
+            if found is subscription:
+                del self.exact[filter]
+                self.count -= 1
+            elif isinstance(found, list) and subscription in found:
                 found.remove(subscription)
                 self.count -= 1
-                if not found:
-                    del self.exact[filter]
+                if len(found) == 1:
+                    self.exact[filter] = found[0]
         self.touch(filter)
 
     def _prune(self, node: Node, parts: list[bytes], level: int, subscription: Subscription) -> bool:
@@ -218,8 +224,10 @@ class Router:
         """Every subscription whose filter covers the topic."""
         found: list[Subscription] = []
         exact = self.exact.get(topic)
-        if exact is not None:
+        if isinstance(exact, list):
             found.extend(exact)
+        elif exact is not None:
+            found.append(exact)
         parts = topic.split(b"/")
         last = len(parts)
         system = topic.startswith(b"$")

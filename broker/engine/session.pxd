@@ -21,6 +21,8 @@ cdef class Session(Receiver):
     cdef public double expiry
     cdef public double ends_at
     cdef public dict rights
+    cdef public Py_ssize_t rights_bytes
+    cdef public object resend
     cdef public int alias_maximum
     cdef public dict aliases
     cdef public bint encoded5
@@ -44,6 +46,8 @@ cdef class Session(Receiver):
     cpdef int _enqueue(self, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
     cpdef drain(self)
     cpdef _send_retained(self, Outbox box)
+    @cython.locals(inflight=Inflight, ident=int)
+    cpdef _send_again(self, Outbox box)
     @cython.locals(inflight=Inflight, state=int)
     cpdef int on_puback(self, int ident) except -1
     @cython.locals(inflight=Inflight, state=int)

@@ -42,6 +42,9 @@ class Session(Receiver):
         self.expiry = 0.0
         self.ends_at = 0.0
         self.rights: dict[bytes, Any] | None = None
+        self.rights_bytes = 0
+        self.resend: Any = None
+        """Identifiers in flight that this connection has not been sent yet: the window of a resuming client."""
         self.alias_maximum = 0
         self.aliases: dict[bytes, int] | None = None
         self.encoded5 = False
@@ -105,7 +108,7 @@ class Session(Receiver):
             return DONE
         if self.queue_bytes + size <= spec.max_bytes:
             return DONE
-        return LATER if spec.overflow == "block" else REFUSED
+        return LATER if spec.overflow == "block" and size <= spec.max_bytes else REFUSED
 
     def _send(
         self, box: Outbox, message: Message, qos: int, retain: bool, idents: Any, hold: Hold | None, group: Any
@@ -210,6 +213,10 @@ class Session(Receiver):
         queue = self.queue
         if box is None:
             return
+        if self.resend is not None:
+            self._send_again(box)
+            if self.resend is not None:
+                return
         while queue and not box.congested:
             entry = queue[0]
             if entry[1] > 0 and self.inflight is not None and self.inflight.count >= self.window:
@@ -230,19 +237,25 @@ class Session(Receiver):
             if self.retained is not None:
                 self._send_retained(box)
         if self.blocked is not None and self.spec is not None and self.queue_bytes < self.spec.max_bytes:
-            waiting = self.blocked
-            self.blocked = None
-            for channel in waiting:
-                channel.resume_parse()
+            self.unblock()
+
+    def unblock(self) -> None:
+        """Let the publishers go on that wait for room."""
+        waiting = self.blocked
+        self.blocked = None
+        for channel in waiting or ():
+            channel.resume_parse()
 
     def _send_retained(self, box: Outbox) -> None:
         """Retained messages of new subscriptions, at the pace the client takes them."""
         retained = self.retained
+        store = self.channel.engine.retained_store
         while retained and not box.congested:
             if self.inflight is not None and self.inflight.count >= self.window:
                 return
             message, qos, idents = retained.popleft()
-            self.offer(message, qos, True, idents, None, None)
+            if store.get(message.topic) is message:  # else a newer one has gone to the subscription itself
+                self.offer(message, qos, True, idents, None, None)
         if not retained:
             self.retained = None
 
@@ -306,7 +319,7 @@ class Session(Receiver):
         self.acked += 1
         if ref is not None and ref[0] is not None:
             ref[0].release()
-        if self.queue is not None or self.retained is not None:
+        if self.queue is not None or self.retained is not None or self.resend is not None:
             self.drain()
         return ACK_OK
 
@@ -346,7 +359,7 @@ class Session(Receiver):
             return ACK_WRONG
         inflight.remove(ident)
         self.acked += 1
-        if self.queue is not None or self.retained is not None:
+        if self.queue is not None or self.retained is not None or self.resend is not None:
             self.drain()
         return ACK_OK
 
@@ -382,11 +395,22 @@ class Session(Receiver):
         self.v5 = v5
         self.aliases = None
 
+    def begin_anew(self) -> None:
+        """A worker's publishing session starts without the identifiers of the one before."""
+        self.received = None
+        self.received_count = 0
+        self.inflight = None
+
     def detach(self) -> None:
         """The connection is gone."""
         self.channel = None
         self.outbox = None
         self.aliases = None
+        self.resend = None
+        if self.retained is not None and self.persistent:
+            for message, qos, idents in self.retained:
+                if qos:
+                    self._enqueue(message, qos, True, idents, None, None)
         self.retained = None
 
     def resume(self) -> None:
@@ -397,7 +421,8 @@ class Session(Receiver):
             return
         if inflight is not None and inflight.count:
             convert = self.encoded5 != self.v5
-            for ident, state, head, body, _ in inflight.entries():
+            again = deque()
+            for ident, state, head, body, ref in inflight.entries():
                 if state == RELEASED:
                     box.push(b"\x62\x02" + IDENTIFIERS[ident])
                     continue
@@ -405,25 +430,50 @@ class Session(Receiver):
                     head, body = convert_packet(head, body, self.v5)
                     inflight.heads[ident & inflight.mask] = head
                     inflight.bodies[ident & inflight.mask] = body
-                box.push_parts(bytes((head[0] | 8,)) + head[1:], IDENTIFIERS[ident], body)  # [MQTT-3.3.1-1]
-                self.core.sent += 1
+                if len(head) + len(body) + 2 > self.max_packet:  # [MQTT-3.1.2-24]
+                    inflight.remove(ident)
+                    self._count_drop("too_large")
+                    if ref is not None and ref[0] is not None:
+                        ref[0].release()
+                    continue
+                again.append(ident)
+            self.resend = again if again else None
         self.encoded5 = self.v5
         self.drain()
 
+    def _send_again(self, box: Outbox) -> None:
+        """What was in flight, at the pace and within the window of the new connection. [MQTT-3.3.4-9]"""
+        inflight = self.inflight
+        resend = self.resend
+        while resend and inflight is not None and not box.congested:
+            if inflight.count - len(resend) >= self.window:
+                return
+            ident = resend.popleft()
+            if inflight.state(ident) == FREE:
+                continue
+            head = inflight.heads[ident & inflight.mask]
+            body = inflight.bodies[ident & inflight.mask]
+            if head is None:
+                continue
+            box.push_parts(bytes((head[0] | 8,)) + head[1:], IDENTIFIERS[ident], body)  # [MQTT-3.3.1-1]
+            self.core.sent += 1
+        if not resend:
+            self.resend = None
+
     def take_shared(self) -> list[Any]:
-        """Remove and return what was sent or queued through a shared subscription and may go to another member:
-        QoS 1 in flight and everything queued; QoS 2 already sent waits for this client. [MQTT-4.8.2-4]"""
+        """Remove and return what was sent or queued through a shared subscription and another connected member may
+        have: QoS 1 in flight and everything queued; QoS 2 already sent waits for this client. [MQTT-4.8.2-4]"""
         taken = []
         inflight = self.inflight
         if inflight is not None and inflight.refs is not None:
             for ident, state, _, _, ref in inflight.entries():
-                if ref is not None and ref[1] is not None and state == SENT:
+                if ref is not None and ref[1] is not None and state == SENT and ref[1].elsewhere(self, ref[2]):
                     inflight.remove(ident)
                     taken.append((ref[2], ref[3], ref[4], ref[5], ref[0], ref[1]))
         if self.queue is not None:
             kept: Any = deque()
             for entry in self.queue:
-                if entry[5] is None:
+                if entry[5] is None or not entry[5].elsewhere(self, entry[0]):
                     kept.append(entry)
                 else:
                     self.queue_bytes -= entry[0].size
@@ -431,8 +481,10 @@ class Session(Receiver):
             self.queue = kept if kept else None
         return taken
 
-    def purge(self, filter_topics: Any) -> None:
+    def purge(self, filter_topics: Any, reason: str = "unauthorized") -> None:
         """Drop queued messages whose topic `filter_topics(topic)` rejects; what is in flight finishes."""
+        if self.retained is not None:
+            self.retained = deque(entry for entry in self.retained if filter_topics(entry[0].topic)) or None
         if self.queue is None:
             return
         kept: Any = deque()
@@ -440,8 +492,10 @@ class Session(Receiver):
             if filter_topics(entry[0].topic):
                 kept.append(entry)
             else:
-                self._discard(entry, "unauthorized")
+                self._discard(entry, reason)
         self.queue = kept if kept else None
+        if self.blocked is not None:
+            self.unblock()
 
     @property
     def queued(self) -> int:

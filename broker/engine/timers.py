@@ -5,16 +5,20 @@ from collections.abc import Callable
 from typing import Any
 
 
+BUCKETS_PER_SECOND = 4
+"""As fine as the engine's tick: a deadline is noticed at most half a second late."""
+
+
 class Wheel:
-    """Connections by the second at which they are looked at again."""
+    """Connections by the moment at which they are looked at again."""
 
     def __init__(self, now: float) -> None:
         self.buckets: dict[int, set[Any]] = {}
-        self.next = int(now)
+        self.next = int(now * BUCKETS_PER_SECOND)
 
     def put(self, channel: Any, when: float) -> None:
         """Look at the channel at this time, not earlier than the next tick."""
-        bucket = max(int(when) + 1, self.next)
+        bucket = max(int(when * BUCKETS_PER_SECOND) + 1, self.next)
         if channel.bucket == bucket:
             return
         self.remove(channel)
@@ -37,7 +41,7 @@ class Wheel:
     def due(self, now: float) -> list[Any]:
         """Take out every channel whose time has come."""
         found: list[Any] = []
-        last = int(now)
+        last = int(now * BUCKETS_PER_SECOND)
         if last - self.next > len(self.buckets):
             for bucket in [b for b in self.buckets if b <= last]:
                 found.extend(self.buckets.pop(bucket))

@@ -37,9 +37,7 @@ def export_session(engine: Any, client_id: str) -> dict[str, Any]:
         "next_id": inflight.next_id if inflight is not None else 1,
         "inflight": [entry[:4] for entry in inflight.entries()] if inflight is not None else [],
         "received": bytes(session.received) if session.received is not None else b"",
-        "queue": [
-            (_message(entry[0], now), entry[1], entry[2], entry[3]) for entry in session.queue or () if entry[4] is None
-        ],
+        "queue": [(_message(entry[0], now), entry[1], entry[2], entry[3]) for entry in session.queue or ()],
     }
     session.will = None
     engine.end_session(session)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from broker.net.listener import Listener
+    from broker.net.admission import Admission
 
 TLS_HANDSHAKE = 0x16
 HTTP_METHODS = (b"GET ", b"POST", b"HEAD", b"PUT ", b"OPTI", b"CONN", b"PRI ")
@@ -38,7 +38,7 @@ class Connection(asyncio.Protocol):
     data_received: Callable[[bytes], None]  # type: ignore[assignment]  # a slot, so that it can become the channel's
     transport: Any
 
-    def __init__(self, listener: Listener, since: float, peer: str) -> None:
+    def __init__(self, listener: Admission, since: float, peer: str) -> None:
         """`since` is when the kernel gave us the connection; an empty `peer` is asked of the transport."""
         self.listener = listener
         self.since = since

@@ -13,7 +13,8 @@ from typing import Any
 from broker.config.listeners import ListenerConfig, NetworkListener, UnixListener
 from broker.net import binding
 from broker.net.errors import ListenError
-from broker.net.listener import Change, Listener, Shared, same_place
+from broker.net.listener import Change, Listener, same_place
+from broker.net.shared import Shared
 
 log = logging.getLogger(__name__)
 

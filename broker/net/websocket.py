@@ -27,7 +27,7 @@ from picows import (
 from picows.picows import WSProtocol  # type: ignore[attr-defined]
 
 if TYPE_CHECKING:
-    from broker.net.listener import Listener
+    from broker.net.admission import Admission
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class WebSocketLink(WSListener):
 
     __slots__ = ("channel", "doomed", "failed", "listener", "partial", "peer", "protocol", "socket", "transport")
 
-    def __init__(self, listener: Listener, protocol: WebSocketProtocol) -> None:
+    def __init__(self, listener: Admission, protocol: WebSocketProtocol) -> None:
         self.listener = listener
         self.protocol: WebSocketProtocol | None = protocol
         self.peer = protocol.peer
@@ -176,7 +176,7 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
 
     __slots__ = ("_early", "_room", "_source", "_timer", "doomed", "link", "owner", "peer", "since")
 
-    def __init__(self, owner: Listener, since: float, peer: str) -> None:
+    def __init__(self, owner: Admission, since: float, peer: str) -> None:
         super().__init__(
             None,
             None,

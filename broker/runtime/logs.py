@@ -94,7 +94,9 @@ class Limited:
         self._clock = clock
         self._second = -1
         self._count = 0
+        self._left_out = 0
         self._level = logging.INFO
+        self._timer: asyncio.TimerHandle | None = None
 
     def log(self, level: int, message: str, *arguments: object, **options: Any) -> None:
         """As `logging.Logger.log`, when the category still has room in this second."""
@@ -104,20 +106,24 @@ class Limited:
         if second != self._second:
             self.flush()
             self._second = second
+            self._count = 0
         self._count += 1
         if self._count <= self._per_second:
             self._logger.log(level, message, *arguments, stacklevel=3, **options)
             return
+        self._left_out += 1
         self._level = max(self._level, level)
-        if self._count == self._per_second + 1:
+        if self._timer is None:
             with contextlib.suppress(RuntimeError):  # without a running loop the next line does it
-                asyncio.get_running_loop().call_later(1.0, self.flush)
+                self._timer = asyncio.get_running_loop().call_later(1.0, self.flush)
 
     def flush(self) -> None:
         """Say how many lines were left out, if any were. Happens by itself a second later."""
-        left_out = self._count - self._per_second
-        self._count = 0
-        if left_out > 0:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        left_out, self._left_out = self._left_out, 0
+        if left_out:
             self._logger.log(self._level, "%d more lines like this: %s", left_out, self._category)
             self._level = logging.INFO
 

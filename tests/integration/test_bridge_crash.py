@@ -65,7 +65,7 @@ class Installation:
     async def joined(self) -> dict[str, Any]:
         """The bridge's status once it is connected."""
         async with asyncio.timeout(20):
-            while (status := await self.bridge()).get("state") != "running":
+            while (status := await self.bridge()).get("state") != "running":  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         return status
 

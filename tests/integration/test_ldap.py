@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdi
 from broker.extend.registry import Backend
 from tests.servers import Certificates, Slapd
 from tests.unit.access.doubles import Login, settings
-from types import SimpleNamespace
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
 Open = Callable[..., Awaitable[Any]]
@@ -169,9 +169,7 @@ async def test_direct_bind(slapd: Slapd, connect: Open) -> None:
 @pytest.mark.parametrize(
     "name", ["bob,ou=admins", "#bob", " zoe", "zoe ", "bob+cn=x", 'b"b', "b;b", "<bob>", "b\\b", "b=b"]
 )
-async def test_a10_a_name_in_a_dn_template_stays_a_value(
-    connect: Open, name: str, slapd: Slapd
-) -> None:
+async def test_a10_a_name_in_a_dn_template_stays_a_value(connect: Open, name: str, slapd: Slapd) -> None:
     """The entry whose name holds the characters logs in: the DN arrived escaped and below the base."""
     admin = slapd.connect()
     rdn = "".join(f"\\{ord(c):02x}" if not c.isalnum() else c for c in name)
@@ -296,7 +294,7 @@ class forwarder:
 
 async def test_a12_starttls_that_is_refused_sends_no_password(slapd: Slapd, connect: Open) -> None:
     backend = await connect(slapd, tls="starttls")  # this server has no certificate
-    with pytest.raises(BackendUnavailable, match="StartTLS|TLS"):
+    with pytest.raises(BackendUnavailable, match="TLS"):
         await backend.authenticate(Client("c", "alice"), b"alice-pw")
 
 

@@ -26,8 +26,13 @@ async def fake() -> AsyncIterator[FakeLdap]:
 
 def config(fake: FakeLdap, **more: Any) -> LdapConfig:
     base = {
-        "servers": [fake.url], "tls": "none", "bind_dn": "cn=svc", "bind_password": "svc-pw", "base_dn": "dc=x", "timeout": 1,
-    }  # fmt: skip
+        "servers": [fake.url],
+        "tls": "none",
+        "bind_dn": "cn=svc",
+        "bind_password": "svc-pw",
+        "base_dn": "dc=x",
+        "timeout": 1,
+    }
     return LdapConfig.model_validate({**base, **more})
 
 

@@ -85,7 +85,7 @@ def closed_after(sock: socket.socket, seconds: float = 5.0) -> float:
 
 
 def all_closed(socks: list[socket.socket], seconds: float) -> bool:
-    """Whether the broker closes every one of them within that time."""
+    """Whether the broker closes every one of them within that time. They are closed on our side too then."""
     waiting = selectors.DefaultSelector()
     for sock in socks:
         sock.setblocking(False)
@@ -103,6 +103,8 @@ def all_closed(socks: list[socket.socket], seconds: float) -> bool:
                 waiting.unregister(key.fileobj)
     left = len(waiting.get_map())
     waiting.close()
+    for sock in socks:
+        sock.close()
     return left == 0
 
 
@@ -208,7 +210,8 @@ def upgraded(running: Broker) -> socket.socket:
     sock = dial(running, "browsers")
     sock.sendall(
         b"GET /mqtt HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: mqtt\r\n\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+        b"Sec-WebSocket-Protocol: mqtt\r\n\r\n"
     )
     answer = b""
     while not answer.endswith(b"\r\n\r\n"):
@@ -233,14 +236,14 @@ def test_p11_half_a_publish_in_a_frame_waits_and_ends_with_the_keep_alive(runnin
 
 def test_p72_after_the_upgrade_silence_ends_at_the_same_deadline(running: Broker) -> None:
     with upgraded(running) as sock:
-        assert closed_after(sock, 5) <= DEADLINE + 1.0
+        assert closed_after(sock, 5) <= DEADLINE + 1.5
 
 
 def test_p12_a_thousand_packets_at_once_and_byte_by_byte_have_the_same_answers(running: Broker) -> None:
     answers = []
     packets = CONNECT % b"p"[0]
     packets += b"\x82\x08\x00\x01\x00\x03p12\x00"
-    packets += b"".join(b"\x32\x0a\x00\x03p12" + struct.pack("!H", i) + b"%03d" % (i % 1000) for i in range(1, 401))
+    packets += b"".join(b"\x32\x0a\x00\x03p12" + struct.pack("!H", i) + b"%03d" % (i % 1000) for i in range(1, 799))
     packets += b"\xc0\x00" * 200 + b"\x30\x08\x00\x03p12end"
     for step in (len(packets), 1):
         with dial(running) as sock:
@@ -248,14 +251,14 @@ def test_p12_a_thousand_packets_at_once_and_byte_by_byte_have_the_same_answers(r
             got = b""
             for i in range(0, len(packets), step):
                 sock.sendall(packets[i : i + step])
-            while not got.endswith(b"p12end"):
+            while len(got) < 4 + 5 + 798 * (10 + 4) + 200 * 2 + 10:
                 got += sock.recv(65536)
             answers.append(got)
             sock.sendall(b"\xe0\x00")
     whole, dripped = (parsed(answer) for answer in answers)
     for kind in (2, 9, 4, 3, 13):
         assert [p for p in whole if p[0] >> 4 == kind] == [p for p in dripped if p[0] >> 4 == kind]
-    assert len(whole) == 1 + 1 + 400 + 400 + 200 + 1
+    assert len(whole) == 1 + 1 + 798 + 798 + 200 + 1
 
 
 def parsed(data: bytes) -> list[bytes]:
@@ -310,16 +313,17 @@ def test_p77_a_flood_of_http_requests_writes_few_lines(running: Broker) -> None:
 
 
 def test_p66_each_mistake_about_tls_has_its_line(running: Broker) -> None:
-    with dial(running, "devices") as sock:
-        sock.sendall(CONNECT % b"q"[0])
-        assert closed_after(sock) < 1
-    with dial(running) as sock:
-        sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
-        assert closed_after(sock) < 1
-    time.sleep(0.2)
-    log = running.log()
-    assert "sent plain bytes to a TLS port, listener 'devices'" in log
-    assert "sent a TLS hand-shake to a port without TLS, listener 'tcp'" in log
+    for name, data, line in (
+        ("devices", CONNECT % b"q"[0], "sent plain bytes to a TLS port, listener 'devices'"),
+        ("tcp", b"\x16\x03\x01\x02\x00", "sent a TLS hand-shake to a port without TLS, listener 'tcp'"),
+    ):
+        until = time.monotonic() + 10  # other tests may have used up the lines of this second
+        while line not in running.log() and time.monotonic() < until:
+            with dial(running, name) as sock:
+                sock.sendall(data)
+                assert closed_after(sock) < 1
+            time.sleep(0.1)
+        assert line in running.log()
 
 
 def test_tls_clients_of_both_versions_connect(running: Broker, certs: servers.Certificates) -> None:

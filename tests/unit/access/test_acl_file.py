@@ -50,7 +50,7 @@ def decide(tmp_path: Path) -> Callable[..., bool | None]:
     ) -> bool | None:
         path = tmp_path / "acl.conf"
         path.write_text(text, newline="")
-        who = Principal(clientid, username, peerhost=peer)
+        who = Principal(clientid, username, peer=f"{peer}:1")
         found = RuleSet(read_rules(path)).find(action, topic, topic.split("/"), who)
         return None if found is None else bool(found.allow)
 

@@ -16,7 +16,9 @@ RULES = (
 )
 
 
-async def ask(*instances: Any, username: str | None = "u", password: bytes | None = b"hush", **more: Any) -> tuple[str, str]:
+async def ask(
+    *instances: Any, username: str | None = "u", password: bytes | None = b"hush", **more: Any
+) -> tuple[str, str]:
     access = {name: more.pop(name) for name in ("allow_anonymous", "no_match", "on_error") if name in more}
     told = await explain(settings(*instances, **access), username=username, password=password, clientid="c", **more)
     text = "\n".join(told.lines)

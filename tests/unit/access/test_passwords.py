@@ -14,7 +14,11 @@ from broker.access.password_file import read_passwords
 from broker.access.passwords import BadHash, Hash, Verifier, hash_password
 from broker.access.text_file import FileError
 
-# the forms mosquitto_passwd writes, for the password "secret"
+# written by mosquitto_passwd 2.0.11 for the password "secret"
+REAL_7 = (
+    "$7$101$ueXz9A2lprcqG3PG$bH49w56FFB/hU7EoN3WtFkBdIdfZ+wEWj16ZrJAeNB5r3wON9Pkh1MDgsIKuD7zQJC0En++qsmldNQzvhNu2rQ=="
+)
+REAL_6 = "$6$ovKhwVn5M9Yyiyz2$0dsukWiUU31CMP9MaKMbl82m+MJ3X+vqw6jQ3lP9WcuCPiBj+Y1cT9NIIVZ8NE4C2FxhipesJDhQNPNlb7fcNQ=="
 SALT = base64.b64encode(b"saltsaltsalt").decode()
 M7 = f"$7$101${SALT}${base64.b64encode(hashlib.pbkdf2_hmac('sha512', b'secret', b'saltsaltsalt', 101, 64)).decode()}"
 M6 = f"$6${SALT}${base64.b64encode(hashlib.sha512(b'secretsaltsaltsalt').digest()).decode()}"
@@ -22,7 +26,17 @@ BCRYPT = bcrypt.hashpw(b"secret", bcrypt.gensalt(4)).decode()
 
 
 @pytest.mark.parametrize(
-    "text", [hash_password("secret"), M7, M6, BCRYPT, BCRYPT.replace("$2b$", "$2y$"), hash_password("secret", "pbkdf2")]
+    "text",
+    [
+        hash_password("secret"),
+        REAL_7,
+        REAL_6,
+        M7,
+        M6,
+        BCRYPT,
+        BCRYPT.replace("$2b$", "$2y$"),
+        hash_password("secret", "pbkdf2"),
+    ],
 )
 def test_the_right_password_and_no_other(text: str) -> None:
     hash = Hash(text)

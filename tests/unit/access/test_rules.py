@@ -154,9 +154,9 @@ def test_conditions_on_user_client_and_address() -> None:
     ]
     assert decide(rules, PUBLISH, "a") is True
     assert decide(rules, PUBLISH, "a", clientid="c2") is False
-    assert decide(rules, PUBLISH, "b", peerhost="10.0.0.1") is False
-    assert decide(rules, PUBLISH, "b", clientid="c3", peerhost="10.0.0.1") is True
-    assert decide(rules, PUBLISH, "b", clientid="c3", peerhost="10.0.0.2") is None
+    assert decide(rules, PUBLISH, "b", peer="10.0.0.1:9") is False
+    assert decide(rules, PUBLISH, "b", clientid="c3", peer="10.0.0.1:9") is True
+    assert decide(rules, PUBLISH, "b", clientid="c3", peer="10.0.0.2:9") is None
 
 
 def test_attributes_and_certificate_stand_in_topics() -> None:

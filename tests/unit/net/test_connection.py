@@ -26,15 +26,17 @@ async def test_every_read_reaches_the_channel_in_order(listeners: Any, engine: E
     assert channel.listener.kind == "tcp"
 
 
-async def test_after_the_first_read_the_transport_calls_the_channel_itself(
+async def test_only_the_first_read_is_judged_then_the_transport_calls_the_channel_itself(
     listeners: Any, engine: Engine, connect: Any
 ) -> None:
     client = await connect(await listeners.open("tcp", config("tcp")))
     channel = await engine.channel()
     await client.send(CONNECT)
     await channel.until(lambda: bool(channel.reads))
-    protocol = channel.link.get_protocol()
-    assert protocol.data_received == channel.feed
+    assert channel.link.get_protocol().data_received == channel.feed
+    await client.send(b"GET / HTTP/1.1 may well be in the middle of a payload")
+    await channel.until(lambda: len(channel.reads) == 2)
+    assert engine.reports == []
 
 
 async def test_the_engine_is_given_the_transport_itself(listeners: Any, engine: Engine, connect: Any) -> None:

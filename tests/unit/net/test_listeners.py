@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from broker.net import binding
-from broker.net import listener as listener_module
+from broker.net import admission, binding
 from broker.net.acceptor import Acceptor
 from broker.net.descriptors import Descriptors
 from broker.net.errors import ListenError
@@ -311,7 +310,7 @@ async def test_an_adopted_socket_of_our_own_user_is_the_internal_listeners(
 async def test_r02_connections_far_beyond_the_limit_are_closed_at_once_and_counted(
     listeners: Any, engine: Engine, connect: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(listener_module, "SPARE", 1)
+    monkeypatch.setattr(admission, "SPARE", 1)
     listener = await listeners.open("small", config(kind, max_connections=2))
     kept = [await connect(listener) for _ in range(3)]
     await until(lambda: listener.connections == 3)

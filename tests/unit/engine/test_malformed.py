@@ -1,0 +1,267 @@
+"""Every packet of the shared table, sent to a live engine: what is valid is served, what is not ends the connection."""
+
+from __future__ import annotations
+
+import pytest
+
+from broker.mqtt import packets
+from tests.packets.table import CLIENT, Entry, data, malformed, valid
+from tests.unit.engine.harness import Bench, Client, connect_packet
+from tests.unit.engine.parts import closed_with, is_empty, publish
+
+MALFORMED = [
+    pytest.param(entry, version, id=f"{entry}-{version}")
+    for entry in malformed(direction=CLIENT)
+    for version in entry.versions
+]
+VALID = [
+    pytest.param(entry, version, id=f"{entry}-{version}")
+    for entry in valid(direction=CLIENT)
+    for version in entry.versions
+]
+
+
+def _version_of(stream: bytes, version: int) -> Client:
+    bench = Bench(max_queued_messages=10)
+    if stream[0] >> 4 == 1:
+        client = bench.socket()
+        client.version = version
+        return client
+    client = bench.client("c", version=version)
+    client.take()
+    return client
+
+
+def _end(entry: Entry, version: int, pieces: list[bytes]) -> None:
+    client = _version_of(entry.data, version)
+    bench = client.bench
+    watcher = bench.client("watcher", version=5)
+    watcher.subscribe("#")
+    client.send(*pieces, publish("watched", version=version))
+    assert client.closed
+    assert not watcher.take()
+    answers = client.bytes()
+    if entry.data[0] >> 4 == 1 and entry.code == 0x84:
+        assert answers in (b"\x20\x02\x00\x01", b"\x20\x03\x00\x84\x00")
+    elif version == 5 and entry.data[0] >> 4 != 1:
+        assert answers[0] == 0xE0
+        assert answers[2] == entry.code
+    elif version == 5 and answers:
+        assert answers[0] == 0x20
+        assert answers[3] == entry.code
+    elif version == 5:
+        assert entry.name in MUTE
+    else:
+        assert not answers
+    watcher.send(b"\xe0\x00")
+    assert is_empty(bench.engine)
+
+
+MUTE = {
+    "connect_header_flags_v5", "connect_without_flags_v5", "connect_without_keep_alive_v5",
+    "length_five_bytes_ff", "length_five_bytes_80",
+}  # fmt: skip
+"""Broken before a version is known: nobody can say in which form to answer."""
+
+
+@pytest.mark.parametrize(("entry", "version"), MALFORMED)
+def test_a_malformed_packet_ends_the_connection_with_its_reason(entry: Entry, version: int) -> None:
+    """P-01 to P-04, P-09, P-10, P-17 to P-20, P-22, P-23, P-25, P-26, P-31, P-33, P-34, P-36, P-44, P-45, P-47 to P-49,
+    P-52, P-54."""
+    _end(entry, version, [entry.data])
+
+
+@pytest.mark.parametrize(("entry", "version"), MALFORMED)
+def test_it_makes_no_difference_how_a_malformed_packet_is_cut(entry: Entry, version: int) -> None:
+    """P-12."""
+    if len(entry.data) > 200:
+        pieces = [entry.data[:1], entry.data[1:100], entry.data[100:]]
+    else:
+        pieces = [entry.data[i : i + 1] for i in range(len(entry.data))]
+    _end(entry, version, pieces)
+
+
+@pytest.mark.parametrize(("entry", "version"), VALID)
+def test_a_valid_packet_is_served(entry: Entry, version: int) -> None:
+    client = _version_of(entry.data, version)
+    client.send(entry.data)
+    answers = client.take()
+    kind = entry.data[0] >> 4
+    if kind == 1:
+        code = {"P-17": 0x84, "P-21": 0}.get(entry.case, 0)
+        if entry.name == "connect_properties_v5":
+            code = 0x8C  # P-65: it names an authentication method
+        if entry.name == "connect_empty_client_id_v3":
+            code = 2
+        assert answers[0].code == (code if version == 5 or code < 3 else 1)
+        assert client.closed == (code != 0)
+    elif kind == 14:
+        assert client.closed == (entry.name != "disconnect_properties") or answers[-1].code == 0x82
+    elif kind == 15 or entry.name == "publish_alias_only":
+        assert closed_with(client, 0x82) or answers[-1].code == 0x82
+    elif entry.name == "subscribe_empty_filter":
+        assert client.closed  # P-28
+    else:
+        assert not client.closed
+        client.send(b"\xc0\x00")
+        assert client.bytes().endswith(b"\xd0\x00")
+
+
+@pytest.mark.parametrize("version", [3, 4, 5])
+@pytest.mark.parametrize("first", [b for b in range(256) if b >> 4 != 1])
+def test_p13_only_connect_may_come_first(first: int, version: int) -> None:
+    bench = Bench()
+    client = bench.socket()
+    client.send(bytes((first, 2)) + b"\x00\x01" + connect_packet("c", version))
+    assert client.closed
+    assert not client.bytes()
+    assert is_empty(bench.engine)
+
+
+@pytest.mark.parametrize("first", [b for b in range(0x20, 0x100, 0x10)])
+def test_p05_a_large_first_packet_of_another_type_is_closed_after_its_header(first: int) -> None:
+    bench = Bench()
+    client = bench.socket()
+    client.send(bytes((first,)))
+    assert not client.closed
+    client.send(b"\xff\xff\xff\x7f")
+    assert client.closed
+    client.send(b"x" * 100_000)
+    assert client.channel.pieces is None
+    assert not client.bytes()
+
+
+def test_p06_a_connect_above_the_limit_before_login_is_closed_after_its_header() -> None:
+    bench = Bench()
+    small, large = bench.socket(), bench.socket()
+    small.send(b"\x10\x80\x80\x04")  # 65 536
+    assert not small.closed
+    large.send(b"\x10\x81\x80\x04")
+    assert large.closed
+    assert bench.engine.core.events["connect_too_large"] == 1
+
+
+def test_p02_nothing_behind_a_broken_length_is_taken_for_a_packet() -> None:
+    bench = Bench()
+    watcher = bench.client("w")
+    watcher.subscribe("#")
+    client = bench.client("c")
+    client.send(data("length_five_bytes_then_publish") + publish("watched"))
+    assert client.closed
+    assert not watcher.take()
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_what_came_before_a_malformed_packet_is_still_delivered(version: int) -> None:
+    """P-12: whether both came in one segment or not."""
+    for cut in (False, True):
+        bench = Bench()
+        watcher = bench.client("w")
+        watcher.subscribe("#")
+        client = bench.client("c", version=version)
+        good, bad = publish("a", version=version) * 3, publish("a/#", version=version)
+        client.send(*((good, bad) if cut else (good + bad,)))
+        assert len(watcher.take()) == 3
+        assert closed_with(client, 0x90)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("packet", [b"\x20\x02\x00\x00", b"\x90\x03\x00\x01\x00", b"\xb0\x02\x00\x01", b"\xd0\x00"])
+def test_p35_packets_only_servers_send_end_the_connection(version: int, packet: bytes) -> None:
+    bench = Bench()
+    client = bench.client("c", version=version)
+    client.send(packet)
+    assert closed_with(client, 0x82)
+    five = bench.client("d", version=5)
+    five.send(b"\x20\x06\x00\x00\x03\x21\x00\x01")
+    assert closed_with(five, 0x82)
+
+
+def test_p46_a_packet_above_the_maximum_is_refused_after_its_header() -> None:
+    bench = Bench(max_packet_size=1000)
+    five = bench.client("five", version=5)
+    assert five.connack.properties.maximum_packet_size == 1000
+    five.publish("t", b"x" * 900)
+    assert not five.closed
+    five.send(b"\x30\xe6\x07")  # 998 bytes and the header's three
+    assert closed_with(five, 0x95)
+    four = bench.client("four")
+    four.send(b"\x30\xe6\x07")
+    assert closed_with(four, 0x95)
+    exact = bench.client("exact", version=5)
+    exact.send(b"\x30\xe5\x07")
+    assert not exact.closed
+
+
+def test_p49_bad_will_properties_leave_nothing_behind() -> None:
+    bench = Bench()
+    for name in ("connect_will_unknown_property", "connect_will_misplaced_property", "connect_will_response_wildcard"):
+        for _ in range(200):
+            client = bench.socket()
+            client.version = 5
+            client.send(data(name))
+            (answer,) = client.take()
+            assert answer.code in (0x81, 0x82)
+    assert is_empty(bench.engine)
+    assert not bench.soon
+
+
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_p17_the_bridge_bit_needs_a_listener_that_allows_it(version: int) -> None:
+    bench = Bench()
+    raw = {3: data("connect_bridge_v3"), 4: data("connect_bridge_v4"), 5: data("connect_level_133")}[version]
+    client = bench.socket()
+    client.version = version
+    client.send(raw)
+    assert client.closed
+    bench.listener.bridge_bit = True
+    client = bench.socket()
+    client.version = version
+    client.send(raw)
+    assert client.closed == (version == 5)
+
+
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_p20_a_password_alone_reaches_the_gate_from_mqtt_5(version: int) -> None:
+    bench = Bench()
+    bench.gate.slow.add("c")
+    client = bench.socket()
+    client.version = version
+    client.send(data(f"connect_password_alone_v{version}"))
+    assert client.closed == (version != 5)
+    if version == 5:
+        _, connect = bench.gate.pending["c"]
+        assert (connect.username, connect.password) == (None, b"p")
+
+
+@pytest.mark.parametrize("text", [b"\xef\xbb\xbfa", "é".encode(), "e\u0301".encode()])
+def test_p24_text_is_never_normalised(text: bytes) -> None:
+    bench = Bench()
+    watcher = bench.client("w", version=5)
+    watcher.subscribe("#")
+    others = {}
+    for name in ("\ufeffa", "a", "é", "e\u0301"):
+        others[name] = bench.client(f"s-{name.encode().hex()}")
+        others[name].subscribe(name)
+    client = bench.client("c")
+    client.send(packets.encode_publish(text, b"x", 0, False, False, 0, 4))
+    (message,) = watcher.take()
+    assert message.topic == text
+    assert [name.encode() for name, other in others.items() if other.take()] == [text]
+    bench.gate.deny_publish.add((None, text.decode()))
+    bench.engine.rights_changed()
+    client.send(packets.encode_publish(text, b"x", 0, False, False, 0, 4))
+    assert not watcher.take()
+    client.publish("é" if text != "é".encode() else "a")
+    assert watcher.take()
+
+
+def test_p23_control_characters_pass_only_where_strictness_is_off() -> None:
+    bench = Bench(strict=False)
+    watcher = bench.client("w")
+    watcher.subscribe("#")
+    client = bench.client("c")
+    client.send(packets.encode_publish(b"a\x01b", b"x", 0, False, False, 0, 4))
+    assert watcher.bytes() == packets.encode_publish(b"a\x01b", b"x", 0, False, False, 0, 4)
+    client.send(packets.encode_publish(b"a\x00b", b"x", 0, False, False, 0, 4))
+    assert client.closed
