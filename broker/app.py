@@ -44,6 +44,10 @@ TICK = 0.25
 """Seconds between two looks at keep-alives, deadlines and expiries."""
 DRAIN = 10.0
 """Seconds a stop may take."""
+EMPTYING = 4.0
+"""Seconds of them for queues of sinks and bridges to run empty."""
+STUCK = 0.5
+"""Seconds without a message less after which a stop waits for queues no longer."""
 RESTART_ONLY = ("broker.name", "broker.data", "broker.durability")
 """What a reload cannot change."""
 
@@ -129,13 +133,32 @@ class Broker:
                     channel.disconnect(0x8B)
                     if number % 500 == 499:
                         await asyncio.sleep(0)
+                await self._empty_queues()
                 await self.supervisor.close()
                 await self.listeners.close_all()
                 await self.gate.close()
+        for name, left in self._waiting().items():
+            log.error("%d messages for %s did not get there and are lost: queues live in memory", left, name)
         await self._control.close()
         if self._ticker is not None:
             self._ticker.cancel()
         self._node.release()
+
+    def _waiting(self) -> dict[str, int]:
+        """Messages that wait for a sink or bridge, by its name."""
+        counts = {n: sum(s.queued for s in self.engine.lanes(n)) for n in (*self.settings.sinks, *self.settings.bridges)}
+        return {name: count for name, count in counts.items() if count}
+
+    async def _empty_queues(self) -> None:
+        """Let the workers take what waits, as long as they get on with it."""
+        least, since = None, self._loop.time()
+        end = since + EMPTYING
+        while (left := sum(self._waiting().values())) and (now := self._loop.time()) < end:
+            if least is None or left < least:
+                least, since = left, now
+            elif now - since > STUCK:
+                return
+            await asyncio.sleep(0.02)
 
     # configuration --------------------------------------------------------------------------------------------
 

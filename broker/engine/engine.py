@@ -201,7 +201,7 @@ class Engine:
                 forward = will.properties.forward
                 session.will_delay = float(will.properties.will_delay_interval or 0)
                 if will.properties.message_expiry_interval is not None:
-                    expires = float(will.properties.message_expiry_interval) or 1e-9  # 0.0 is for ever
+                    expires = float(will.properties.message_expiry_interval) or -1.0  # 0.0 would be for ever
             session.will = Message(will.topic, will.payload, will.qos, will.retain, forward, expires, channel.origin)
         channel.state = LIVE
         self.connected += 1
@@ -292,7 +292,10 @@ class Engine:
         can = getattr(link, "can_write_eof", None)
         if can is None or not can():
             return False
-        link.write_eof()
+        try:
+            link.write_eof()
+        except (OSError, RuntimeError):  # the peer was faster
+            return False
         self._half_closed.append((self.core.now + LAST_WORD, link))
         return True
 

@@ -132,3 +132,76 @@ async def test_b03_b17_qos_2_survives_cut_links_and_killed_workers(
         installation.stop()
     assert up.check().arrived > 100
     assert down.check().arrived > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(os.environ.get("ISTHMUS_SOAK") != "1", reason="minutes long: make soak")
+async def test_b03_a_stream_of_100_000_at_qos_2_crosses_both_ways_once_while_both_links_are_cut(
+    start_mosquitto: Callable[..., Mosquitto], start_proxy: Callable[[int], Any], tmp_path: Path
+) -> None:
+    far = start_mosquitto(extra="max_queued_messages 0\nmax_inflight_messages 0", verbose=False)
+    proxy = await start_proxy(far.port)
+    limits = "[limits]\nmax_queued_messages = 1_000_000\nmax_inflight = 1_000\n"
+    installation = Installation(tmp_path, limits + CONFIGURATION.format(port=proxy.port, protocol="5"))
+    chance = random.Random(5)
+    up, down = Ledger(), Ledger()
+    done = False
+    cuts = kills = 0
+    wanted = 100_000
+    try:
+        near = await installation.url()
+        status = await installation.joined()
+        async with (
+            receiver(far.url, "up/#", ledger=up),
+            receiver(near, "down/#", ledger=down),
+            sender(near) as near_sender,
+            sender(far.url) as far_sender,
+        ):
+
+            def counted() -> Callable[[], Any]:
+                sent = 0
+
+                async def pace() -> bool:
+                    nonlocal sent
+                    sent += 1
+                    if sent % 50 == 0:
+                        await asyncio.sleep(0.05)
+                    return sent <= wanted
+
+                return pace
+
+            async def streams() -> None:
+                nonlocal done
+                await asyncio.gather(
+                    stream(near_sender, up, "up", "up/x", 2, counted()),
+                    stream(far_sender, down, "down", "down/x", 2, counted()),
+                )
+                done = True
+
+            async def trouble() -> None:
+                nonlocal status, cuts, kills
+                while not done:
+                    await asyncio.sleep(chance.uniform(0.5, 3.0))
+                    if chance.random() < 0.2:
+                        os.kill(status["pid"], signal.SIGKILL)
+                        kills += 1
+                        killed = status["pid"]
+                        while status["pid"] == killed:
+                            status = await installation.joined()
+                    elif chance.random() < 0.5:
+                        await proxy.reset()
+                        cuts += 1
+                    else:
+                        proxy.cut_after(chance.randint(1, 60_000), chance.choice(("up", "down")))
+                        cuts += 1
+
+            await asyncio.gather(streams(), trouble())
+            await until(lambda: not up.missing() and not down.missing(), "everything arrives", 120)
+    finally:
+        installation.stop()
+    print(f"remote link cut {cuts} times, worker and with it the local link killed {kills} times")
+    assert cuts > 10
+    assert kills > 3
+    assert up.check().arrived >= wanted
+    assert down.check().arrived >= wanted

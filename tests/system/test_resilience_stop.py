@@ -87,6 +87,7 @@ def test_a_stop_is_bounded_when_kafka_never_answers(
             print(f"stopped in {took:.2f} s with code {code}")
             assert took <= 10.5 * PATIENCE
             assert code in (0, 1)
+            assert "1 messages for kafka did not get there" in running.log()  # no promise is broken in silence
             assert not leftovers(running), "a worker outlived its broker"
 
 
