@@ -11,7 +11,7 @@ NAME ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test servers check format bench demo compile pure integration interpreted conformance matrix soak dist clean
+.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -60,6 +60,9 @@ format: $(STAMP)  ## settle the layout of the code
 
 demo: setup servers  ## the main job, hop by hop: LDAP login, publish, Kafka, SQLite, mosquitto and back
 	$(BIN)/python -m tests.system.demo
+
+kafka: setup servers  ## an Apache Kafka at 127.0.0.1:9092 that shows what arrives in its topic telemetry
+	$(BIN)/python -m tests.system.kafka
 
 bench: compile servers  ## every row of the targets beside mosquitto: ARGS="--quick --rows 1-1"
 	$(BIN)/python -m tests.benchmarks.bench $(ARGS)

@@ -115,7 +115,8 @@ class Broker:
         gc.collect()
         gc.freeze()
         log.info(
-            "broker %s is up; queues of sinks and bridges live in memory: they survive a worker's crash, not the broker's",
+            "broker %s is up; this release keeps queues in memory whatever broker.durability says: they survive a worker's "
+            "crash, not the broker's",
             settings.broker.name,
         )
 

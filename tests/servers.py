@@ -766,9 +766,9 @@ def _start_kafka(
 
 @contextlib.contextmanager
 def kafka(
-    *, listeners: Sequence[str] = (), tls: Certificates | None = None, proxy: int | None = None
+    *, listeners: Sequence[str] = (), tls: Certificates | None = None, proxy: int | None = None, port: int | None = None
 ) -> Iterator[Kafka]:
-    """An empty Kafka, up in 1-3 s.
+    """An empty Kafka, up in 1-3 s, on this port or a free one.
 
     `listeners` adds SASL, TLS, SASLSSL, MTLS (the last three need `tls`). Clients follow the addresses a broker
     advertises, past any proxy: with `proxy`, a port, a listener PROXIED is added that advertises that port instead.
@@ -795,7 +795,7 @@ def kafka(
     archive = home / "kafka.jsa"
     options = [f"-XX:SharedArchiveFile={archive}", "-Xshare:auto"] if archive.stat().st_size else []
     with folder("kafka") as where:
-        port, more = free_port(), {name: free_port() for name in listeners}
+        port, more = port or free_port(), {name: free_port() for name in listeners}
         process = _start_kafka(home, where, port, more, tls, proxy, options)
         server = Kafka(
             f"127.0.0.1:{port}",

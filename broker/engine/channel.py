@@ -633,7 +633,7 @@ class Channel:
                 self.unanswered -= 1
             if hold is not None and hold.code:
                 if not self.v5:
-                    self._abort("ack_timeout")
+                    self._end()
                     return
                 if packet[0] == 0x50 and self.session is not None:
                     self._forget(self.session, packet[2] << 8 | packet[3])  # a failed PUBREC frees the identifier

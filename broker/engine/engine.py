@@ -715,7 +715,7 @@ class Engine:
             if (spec.retained == "always" and filter not in before) or (spec.retained == "new" and not known):
                 for message, level, idents in self._retained_for(lanes[0], filter, qos, None):
                     lane: Any = lanes[0] if group is None else group.pick(message).receiver
-                    level = 1 if spec.upgrade_qos and qos else level
+                    level = max(level, 1) if spec.upgrade_qos and qos else level
                     lane.offer(message, level, True, idents, None, None)
         if dead_letters is not None:
             keeper = InternalPrincipal(f"{RESERVED}{name}/dlq", f"{RESERVED}{name}", f"{name}/dlq")

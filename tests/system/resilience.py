@@ -1,4 +1,4 @@
-"""What the resilience tests share: an open broker, a canary, a stream that keeps its books, a process seen from outside."""
+"""What the resilience tests share: an open broker, a canary, a stream that keeps its books, a look at a process."""
 
 from __future__ import annotations
 
@@ -206,7 +206,9 @@ class Listening(Handler):
         self.conn: Connection
 
     @classmethod
-    async def open(cls, ledger: Ledger, to: str, filter: str, client_id: str, qos: int = 1, **options: Any) -> Listening:
+    async def open(
+        cls, ledger: Ledger, to: str, filter: str, client_id: str, qos: int = 1, **options: Any
+    ) -> Listening:
         self = cls(ledger)
         self.conn = await Connection.connect(to, client_id=client_id, handler=self, **options)
         assert await self.conn.subscribe([(filter, qos)]) == [qos]

@@ -76,7 +76,7 @@ def test_a01_without_configuration_it_listens_on_loopback_alone_and_lets_nobody_
         running.start()
         assert listening(running.pid) == {"0100007F"}
         assert asyncio.run(login(resilience.url(running), "nobody"))[0] in (0x86, 0x87)
-        with pytest.raises(Exception, match="(?i)not authorized|bad user"):
+        with pytest.raises(Exception, match=r"(?i)not authorized|bad user"):
             Device(running.port).connect()
     finally:
         running.stop()
@@ -184,7 +184,7 @@ async def test_a15_a39_a_directory_that_is_gone_is_said_quickly_and_its_return_i
         singing.cancel()
         await asyncio.gather(singing, return_exceptions=True)
         print(
-            f"directory {how}: first answers {max(t for _, t in first):.2f} s, then {max(quick) * 1000:.1f} ms at most, "
+            f"directory {how}: first {max(t for _, t in first):.2f} s, then at most {max(quick) * 1000:.1f} ms, "
             f"back after {took:.1f} s, canary {canary.slowest * 1000:.1f} ms"
         )
         record_property("recovery_s", round(took, 1))

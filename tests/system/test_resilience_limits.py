@@ -194,9 +194,12 @@ async def test_p07_five_hundred_unfinished_logins_are_closed_in_time_and_cost_li
 
         times, _ = await asyncio.gather(asyncio.to_thread(attack), canary.sing(6))
         peak = rss(running.pid, "VmHWM") - before
-        print(f"P-07: closed {min(times):.1f} to {max(times):.1f} s, memory +{peak / 1e6:.0f} MB, canary {canary.slowest * 1000:.0f} ms")
+        print(
+            f"P-07: closed {min(times):.1f} to {max(times):.1f} s, memory +{peak / 1e6:.0f} MB, "
+            f"canary {canary.slowest * 1000:.0f} ms"
+        )
         assert len(times) == 500
-        assert 2.5 <= min(times)
+        assert min(times) >= 2.5
         assert max(times) <= 3 + 1 + 1 * PATIENCE  # the last was opened up to a second after the first
         assert peak <= 500 * 65_536 + (8 << 20)
         assert canary.slowest <= SLOWEST
@@ -239,10 +242,13 @@ async def test_p08_dripping_bytes_do_not_move_the_deadline_and_others_still_conn
             return 20
 
         times, count, _ = await asyncio.gather(asyncio.to_thread(attack), newcomers(), canary.sing(5))
-        print(f"P-08: {len(times)} closed {min(times):.1f} to {max(times):.1f} s after accept, canary {canary.slowest * 1000:.0f} ms")
+        print(
+            f"P-08: {len(times)} closed {min(times):.1f} to {max(times):.1f} s after accept, "
+            f"canary {canary.slowest * 1000:.0f} ms"
+        )
         assert len(times) == 500
         assert count == 20
-        assert 2.5 <= min(times)
+        assert min(times) >= 2.5
         assert max(times) <= 5.0 * PATIENCE
         assert canary.slowest <= SLOWEST
         canary.conn.abort()
@@ -406,7 +412,10 @@ async def test_r12_a_flood_of_nonsense_writes_ten_lines_a_second(nonsense: bytes
         await asyncio.sleep(1.3)  # the last summary
         lines = running.log()[where:].splitlines()
         by_second = Counter(line[:19] for line in lines)
-        print(f"R-12: {sent / seconds:.0f} connections a second, {len(lines)} lines, at most {max(by_second.values())} in one")
+        print(
+            f"R-12: {sent / seconds:.0f} connections a second, {len(lines)} lines, "
+            f"at most {max(by_second.values())} in one"
+        )
         assert sent > 200
         assert lines, "not a word about it"
         # its own clock seconds need not be those of the log's time stamps

@@ -295,17 +295,18 @@ def test_c21_deleting_a_fragment_removes_listener_users_bridge_and_sink(
 
 
 def test_c21_a_user_deleted_from_the_file_cannot_log_in_after_a_reload(tmp_path: Path) -> None:
-    running = Broker(tmp_path)
-    accounts(running, "alice", "bob")
-    with broker(tmp_path, {"00-broker.toml": CLOSED, "10-people.toml": PEOPLE}) as running:
-        with Device(running.port, "alice", "alice") as alice, Device(running.port, "bob", "bob") as bob:
-            accounts(running, "bob")
-            assert running.reload().returncode == 0
-            with pytest.raises(Refused):
-                Device(running.port, "alice", "alice").connect()
-            bob.publish("x", b"y")
-            assert bob.disconnects == []
-            del alice
+    accounts(Broker(tmp_path), "alice", "bob")
+    with (
+        broker(tmp_path, {"00-broker.toml": CLOSED, "10-people.toml": PEOPLE}) as running,
+        Device(running.port, "alice", "alice"),
+        Device(running.port, "bob", "bob") as bob,
+    ):
+        accounts(running, "bob")
+        assert running.reload().returncode == 0
+        with pytest.raises(Refused):
+            Device(running.port, "alice", "alice").connect()
+        bob.publish("x", b"y")
+        assert bob.disconnects == []
 
 
 def test_an_orphan_is_deleted_only_on_request(tmp_path: Path) -> None:

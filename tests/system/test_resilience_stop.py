@@ -65,9 +65,7 @@ async def test_r14_sigterm_tells_everybody_stores_what_was_promised_and_ends_wit
         ledger.check()
 
 
-def test_a_stop_is_bounded_when_kafka_never_answers(
-    tmp_path: Path, start_kafka: Callable[..., servers.Kafka]
-) -> None:
+def test_a_stop_is_bounded_when_kafka_never_answers(tmp_path: Path, start_kafka: Callable[..., servers.Kafka]) -> None:
     kafka = start_kafka()
     asyncio.run(kafka.create_topic("stop"))
     sink = f'[sinks.kafka]\nservers = ["{kafka.bootstrap}"]\nfilters = ["telemetry/#"]\ntopic = "stop"\n'

@@ -159,8 +159,7 @@ async def test_a_message_acknowledged_before_the_workers_first_connection_arrive
             await asyncio.to_thread(running.stop)
 
 
-async def test_without_a_listening_client_the_queue_is_kept_while_the_worker_cannot_start(tmp_path: Path) -> None:
-    """A worker killed again and again: the messages wait in the broker, nobody is refused."""
+async def test_a_worker_killed_again_and_again_loses_nothing_and_nobody_is_refused(tmp_path: Path) -> None:
     with broker(tmp_path, {"00-broker.toml": resilience.OPEN, "30-sink.toml": resilience.STORE}) as running:
         await asyncio.to_thread(running.wait_for, "sinks", "store", "running")
         ledger = Ledger()
