@@ -19,6 +19,8 @@ BATCH = 20
 
 IN_CHAIN = "1.2.840.113556.1.4.1941"
 ACTIVE_DIRECTORY = "1.2.840.113556.1.4.800"
+PRIMARY_GROUP = ("objectSid", "primaryGroupID")
+"""Attributes of an entry of Active Directory that tell its primary group, of which it is no `member`."""
 
 
 class TooManyGroups(Exception):
@@ -68,7 +70,7 @@ async def _walk(config: LdapConfig, searcher: ldap.Searcher, entry: ldap.Entry, 
 
 
 async def _memberof(searcher: ldap.Searcher, entry: ldap.Entry) -> set[str]:
-    waiting = entry.texts("memberOf")
+    waiting = _member_of(entry)
     found: set[str] = set()
     for _ in range(DEPTH):
         above: list[str] = []
@@ -80,11 +82,18 @@ async def _memberof(searcher: ldap.Searcher, entry: ldap.Entry) -> set[str]:
             if len(found) > MANY:
                 raise TooManyGroups(f"in more than {MANY} groups")
             for group in await searcher.find(dn, "(objectClass=*)", ["memberOf"], scope="base", limit=1):
-                above += group.texts("memberOf")
+                above += _member_of(group)
         if not above:
             break
         waiting = above
     return found
+
+
+def _member_of(entry: ldap.Entry) -> list[str]:
+    """The groups an entry names; some servers give no more than a part of very many (``memberOf;range=0-1499``)."""
+    if any(name.startswith("memberof;range=") for name in entry.attributes):
+        raise TooManyGroups("in more groups than the directory lists at once")
+    return entry.texts("memberOf")
 
 
 async def _active_directory(config: LdapConfig, searcher: ldap.Searcher, entry: ldap.Entry) -> set[str]:
@@ -93,8 +102,25 @@ async def _active_directory(config: LdapConfig, searcher: ldap.Searcher, entry: 
         # other servers answer the rule with silence, which must not be taken for "in no group"
         raise BackendUnavailable('nested_groups = "ad", but the server is no Active Directory; use "walk"')
     base = config.group_base_dn or common_base([group.dn for group in config.groups.values()])
-    groups = await searcher.find(base, f"(member:{IN_CHAIN}:={ldap.escape(entry.dn)})", limit=MANY)
-    return {ldap.normalize_dn(group.dn) for group in groups}
+    primary = await _primary_group(searcher, entry)
+    members = "".join(f"(member:{IN_CHAIN}:={ldap.escape(dn)})" for dn in (entry.dn, primary))
+    groups = await searcher.find(base, f"(|{members})", limit=MANY)
+    note(f"its primary group is {primary}; with it, the entry is in {len(groups)} groups below {base}")
+    return {ldap.normalize_dn(primary), *(ldap.normalize_dn(group.dn) for group in groups)}
+
+
+async def _primary_group(searcher: ldap.Searcher, entry: ldap.Entry) -> str:
+    """The DN of the group whose number the entry holds; it is in the entry's own domain."""
+    sids, numbers = entry.attributes.get("objectsid", []), entry.texts("primaryGroupID")
+    if len(sids) != 1 or len(sids[0]) < 12 or len(numbers) != 1 or not numbers[0].isascii() or not numbers[0].isdigit():
+        raise BackendUnavailable(f"{entry.dn} does not show its primaryGroupID; bind_dn needs the right to read it")
+    sid = sids[0][:-4] + int(numbers[0]).to_bytes(4, "little")
+    domain = ",".join(part for part in ldap.split_dn(entry.dn) if part.casefold().startswith("dc="))
+    value = "".join(f"\\{byte:02x}" for byte in sid)
+    found = await searcher.find(domain, f"(objectSid={value})", limit=1)
+    if not found:
+        raise BackendUnavailable(f"the primary group of {entry.dn} cannot be found below {domain}")
+    return found[0].dn
 
 
 def common_base(dns: list[str]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from contextlib import AsyncExitStack
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from auth._ldap_groups import TooManyGroups, find_groups
+from auth._ldap_groups import PRIMARY_GROUP, TooManyGroups, find_groups
+from auth._ldap_limit import BindLimit
 from broker.access.rules import split_filter
 from broker.config.template import MissingValue, Template
+from broker.config.types import Duration
 from broker.connectors import ldap
 from broker.extend.auth import Action, Answer, Client, Grant, Refusal, Rule, Verdict, note
 from broker.extend.registry import Backend
@@ -79,11 +82,17 @@ class LdapConfig(ldap.LdapServer):
     """Names of `groups` tables; a user who is in none of these may not connect."""
     nested_groups: Literal["off", "walk", "memberof", "ad"] = "off"
     """How groups in groups are found: off (direct members only) | walk (search upwards, at most ten levels) | memberof
-    (follow the memberOf attribute) | ad (Active Directory's own rule)."""
+    (follow the memberOf attribute) | ad (Active Directory's own rule; the primary group counts too)."""
     group_base_dn: str = ""
     """Where groups are searched. Default: what the DNs in `groups` have in common."""
     group_filter: Template = Template("(|(member=${dn})(uniqueMember=${dn})(memberUid=${username}))")
     """Finds the groups of an entry, for off and walk; ``${dn}`` is the entry, ``${username}`` the user."""
+    max_bind_failures: int = Field(default=3, ge=0, le=1_000)
+    """Wrong passwords of one user in `bind_failure_window` after which the directory is not asked about that user any
+    more, so that a device with an old password does not lock the account there; 0: no limit. Cached logins go on."""
+    bind_failure_window: Annotated[Duration, Field(gt=0, le=86_400)] = 300.0
+    """Seconds for which a wrong password counts. Directories count longer than this: `max_bind_failures` times their
+    time divided by this one must stay below their own limit."""
 
     @model_validator(mode="after")
     def _check_mode(self) -> LdapConfig:
@@ -115,13 +124,22 @@ class _Directory:
         self._pool = pool
         self._names = _compared_with_username(config.user_filter) if config.exact_name else []
         self._attributes = _attributes(config)
+        self._limit = BindLimit(config.max_bind_failures, config.bind_failure_window)
         self.by_address = any("peerhost" in t.names for t in (config.user_filter, config.user_dn or config.user_filter))
 
     async def check(self) -> None:
-        await self._pool.ping()
+        await self._pool.ping(self._config.base_dn if self._config.mode == "search_bind" else "")
 
     async def close(self) -> None:
         await self._pool.close()
+
+    def _limited(self, username: str | None) -> Refusal:
+        config = self._config
+        seconds = f"{config.bind_failure_window:g} s"
+        note(f"{config.max_bind_failures} refused binds in {seconds} (max_bind_failures): the directory is not asked")
+        return Refusal(
+            f"user {username!r}: {config.max_bind_failures} wrong passwords in {seconds}, not asked again yet"
+        )
 
     async def _rights(self, client: Client, entry: ldap.Entry, searcher: ldap.Searcher) -> Grant | Refusal:
         config = self._config
@@ -149,11 +167,16 @@ class SearchBind(_Directory):
     async def authenticate(self, client: Client, password: bytes) -> Answer:
         if not _usable(client.username, password):
             return Verdict.DENY
+        if self._limit.reached(_counted(client)):
+            return self._limited(client.username)
         entry = await self._find_user(client)
         if not isinstance(entry, ldap.Entry):
             return entry
-        result = await self._pool.bind(entry.dn, password)
-        note(f"bind as {entry.dn}: {result.text}")
+        dn = entry.dn
+        result = await self._limit.bind(_counted(client), lambda: self._pool.bind(dn, password))
+        if result is None:
+            return self._limited(client.username)
+        note(f"bind as {dn}: {result.text}")
         if not result.accepted:
             return Verdict.DENY
         return await self._rights(client, entry, self._pool)
@@ -172,7 +195,7 @@ class SearchBind(_Directory):
             note(f"{missing}: the user cannot be looked up")
             return Verdict.IGNORE
         try:
-            found = await self._pool.find(self._config.base_dn, query, self._attributes, limit=1)
+            found = await self._pool.find(self._config.base_dn, query, self._attributes, limit=1, must_exist=True)
         except ldap.TooMany:
             note(f"{query} finds more than one entry below {self._config.base_dn}: refused as ambiguous")
             return Verdict.DENY
@@ -205,19 +228,29 @@ class DirectBind(_Directory):
         except MissingValue as missing:
             note(f"{missing}: the user cannot be looked up")
             return Verdict.IGNORE
-        async with self._pool.user(dn, password) as (result, user):
+        users: list[ldap.Searcher] = []
+
+        async def bind() -> ldap.BindResult:
+            result, user = await stack.enter_async_context(self._pool.user(dn, password))
+            users.append(user)
+            return result
+
+        async with AsyncExitStack() as stack:
+            result = await self._limit.bind(_counted(client), bind)
+            if result is None:
+                return self._limited(client.username)
             note(f"bind as {dn}: {result.text}")
             if not result.accepted:
                 return Verdict.DENY
-            entry = await self._own_entry(client, dn if is_dn else None, user)
-            return Verdict.DENY if entry is None else await self._rights(client, entry, user)
+            entry = await self._own_entry(client, dn if is_dn else None, users[0])
+            return Verdict.DENY if entry is None else await self._rights(client, entry, users[0])
 
     async def _own_entry(self, client: Client, dn: str | None, user: ldap.Searcher) -> ldap.Entry | None:
         if dn is not None:
             found = await user.find(dn, "(objectClass=*)", self._attributes, scope="base", limit=1)
         else:
             query = self._config.user_filter.render(client.get, escape=ldap.escape)
-            found = await user.find(self._config.base_dn, query, self._attributes, limit=1)
+            found = await user.find(self._config.base_dn, query, self._attributes, limit=1, must_exist=True)
         note(f"the user's own entry: {found[0].dn if found else 'cannot be read'}")
         if not found or not found[0].dn.strip():
             return None
@@ -250,6 +283,11 @@ def _usable(username: str | None, password: bytes | None = None) -> bool:
     return usable
 
 
+def _counted(client: Client) -> str:
+    """The name refused binds are counted under: a directory takes both spellings for one user."""
+    return (client.username or "").strip().casefold()
+
+
 def _is_text(data: bytes) -> bool:
     try:
         data.decode()
@@ -272,6 +310,8 @@ def _attributes(config: LdapConfig) -> list[str]:
                     wanted[name[5:]] = None
     if config.groups and config.nested_groups == "memberof":
         wanted["memberOf"] = None
+    if config.groups and config.nested_groups == "ad":
+        wanted |= dict.fromkeys(PRIMARY_GROUP)
     return list(wanted)
 
 

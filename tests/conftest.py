@@ -53,6 +53,13 @@ def start_slapd() -> Iterator[Callable[..., servers.Slapd]]:
 
 
 @pytest.fixture(scope="session")
+def samba() -> Iterator[servers.Samba]:
+    """A domain controller with the people of `AD_PEOPLE`, shared by the whole run: read only, but for `victim`."""
+    with _or_skip("samba", servers.samba) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def kafka() -> Iterator[servers.Kafka]:
     """A Kafka shared by the whole run: use topics of your own and do not stop it. To do that: `start_kafka`."""
     with _or_skip("kafka", servers.kafka) as server:

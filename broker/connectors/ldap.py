@@ -77,9 +77,17 @@ class Searcher:
     """Searches; either as the service account or as one user."""
 
     async def find(
-        self, base: str, filter: str, attributes: Sequence[str] = (), *, scope: str = "sub", limit: int = 1
+        self,
+        base: str,
+        filter: str,
+        attributes: Sequence[str] = (),
+        *,
+        scope: str = "sub",
+        limit: int = 1,
+        must_exist: bool = False,
     ) -> list[Entry]:
-        """The entries below `base`. Raises TooMany beyond `limit`, BackendUnavailable when there is no answer."""
+        """The entries below `base`; none when there is no `base`, unless it `must_exist`. Raises TooMany beyond
+        `limit`, BackendUnavailable when there is no answer."""
         raise NotImplementedError
 
 
@@ -98,11 +106,21 @@ class LdapPool(Searcher):
         self._closed = False
 
     async def find(
-        self, base: str, filter: str, attributes: Sequence[str] = (), *, scope: str = "sub", limit: int = 1
+        self,
+        base: str,
+        filter: str,
+        attributes: Sequence[str] = (),
+        *,
+        scope: str = "sub",
+        limit: int = 1,
+        must_exist: bool = False,
     ) -> list[Entry]:
         """As the service account."""
         return await self._run(
-            self._service, lambda link, end: link.search(base, filter, attributes, end, scope=scope, limit=limit)
+            self._service,
+            lambda link, end: link.search(
+                base, filter, attributes, end, scope=scope, limit=limit, must_exist=must_exist
+            ),
         )
 
     async def bind(self, dn: str, password: bytes) -> BindResult:
@@ -125,12 +143,16 @@ class LdapPool(Searcher):
             for link in own:
                 self._discard(link)
 
-    async def ping(self) -> None:
-        """One new connection with bind and one search of the root entry."""
+    async def ping(self, base: str = "") -> None:
+        """One new connection with bind and one search of an entry that must exist."""
         fresh: list[Link] = []
         try:
             await self._run(
-                fresh, lambda link, end: link.search("", "(objectClass=*)", ["1.1"], end, scope="base", limit=1), True
+                fresh,
+                lambda link, end: link.search(
+                    base, "(objectClass=*)", ["1.1"], end, scope="base", limit=1, must_exist=True
+                ),
+                True,
             )
         finally:
             for link in fresh:
@@ -266,7 +288,10 @@ class _Job:
             return
         result = link.bind(config.bind_dn, config.bind_password.reveal().encode(), deadline)
         if not result.accepted:
-            raise LinkError(f"{link.place}: the service account {config.bind_dn!r} may not log in: {result.text}")
+            raise LinkError(
+                f"{link.place}: the service account {config.bind_dn!r} may not log in: {result.text}; "
+                "correct bind_dn or bind_password"
+            )
 
     def _do(self, link: Link, work: Callable[[Link, float], T]) -> T:
         self.link = link
@@ -296,12 +321,22 @@ class _UserSearcher(Searcher):
         self._own = own
 
     async def find(
-        self, base: str, filter: str, attributes: Sequence[str] = (), *, scope: str = "sub", limit: int = 1
+        self,
+        base: str,
+        filter: str,
+        attributes: Sequence[str] = (),
+        *,
+        scope: str = "sub",
+        limit: int = 1,
+        must_exist: bool = False,
     ) -> list[Entry]:
         if not self._own:
             raise BackendUnavailable("the user's connection was lost")
         return await self._pool._run(
-            self._own, lambda link, end: link.search(base, filter, attributes, end, scope=scope, limit=limit)
+            self._own,
+            lambda link, end: link.search(
+                base, filter, attributes, end, scope=scope, limit=limit, must_exist=must_exist
+            ),
         )
 
 

@@ -23,7 +23,9 @@ MAX_ANSWER = 4 << 20
 
 SUCCESS = 0
 SIZE_LIMIT_EXCEEDED = 4
+STRONGER_AUTH_REQUIRED = 8
 REFERRAL = 10
+CONFIDENTIALITY_REQUIRED = 13
 NO_SUCH_OBJECT = 32
 
 REFUSED = {
@@ -174,7 +176,8 @@ class Link:
             raise
         except (LDAPExceptionError, OSError, ValueError) as error:
             self.close()
-            raise LinkError(f"{self.place}: {_reason(error)}") from None
+            advice = "; is the directory running, and is `servers` right?" if "Errno" in str(error) else ""
+            raise LinkError(f"{self.place}: {_reason(error)}{advice}") from None
 
     def bind(self, dn: str, password: bytes, deadline: float) -> BindResult:
         """A simple bind. Refuses an empty name or password before anything is sent (RFC 4513 section 5.1.2)."""
@@ -190,12 +193,25 @@ class Link:
             return BindResult(True, code, "accepted")
         text = REFUSED.get(code)
         detail = _active_directory(str(result.get("message") or ""))
+        if code in (STRONGER_AUTH_REQUIRED, CONFIDENTIALITY_REQUIRED) and self.place.tls == "none":
+            raise LinkError(
+                f"{self.place}: the directory takes passwords only over TLS (result {code}): "
+                'write tls = "starttls", or an ldaps:// address, and `ca`'
+            )
         if text is None:
             raise LinkError(f"{self.place}: bind failed with result {code} {result.get('description')}{detail}")
         return BindResult(False, code, f"{text} (result {code}{detail})")
 
     def search(
-        self, base: str, filter: str, attributes: Sequence[str], deadline: float, *, scope: str, limit: int
+        self,
+        base: str,
+        filter: str,
+        attributes: Sequence[str],
+        deadline: float,
+        *,
+        scope: str,
+        limit: int,
+        must_exist: bool = False,
     ) -> list[Entry]:
         """The entries found; referrals are left alone. TooMany when there are more than `limit`."""
         seconds = max(1, int(deadline - time.monotonic()) + 1)
@@ -217,6 +233,10 @@ class Link:
         ]
         if len(found) > limit or code == SIZE_LIMIT_EXCEEDED:
             raise TooMany(f"{self.place}: more than {limit} entries below {base!r}")
+        if must_exist and (code == NO_SUCH_OBJECT or (scope == "base" and not found and code in (SUCCESS, REFERRAL))):
+            raise LinkError(
+                f"{self.place}: there is no entry {base!r}, or whoever searches may not see it; correct base_dn"
+            )
         if code in (NO_SUCH_OBJECT, REFERRAL):
             return []
         if code != SUCCESS:

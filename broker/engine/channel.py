@@ -778,7 +778,9 @@ class Channel:
         try:
             self.engine.attach(self, self.connect, principal)
         except Exception:
-            log.exception("internal error while client %r from %s connects; its connection is closed", self.client_id, self.peer)
+            log.exception(
+                "internal error while client %r from %s connects; its connection is closed", self.client_id, self.peer
+            )
             self.core.count("internal_error")
             self._end()
             return

@@ -128,13 +128,12 @@ class Engine:
         will = connect.will
         if will is not None and not self._may_will(channel, principal, will):
             return
-        if session is not None:
-            if session.channel is not None:
-                if not self._may_take_over(client_id):
-                    channel.refuse(0x9F)
-                    return
-                session.channel.disconnect(0x8E)  # [MQTT-3.1.4-3]
-                session = self.sessions.get(client_id)
+        if session is not None and session.channel is not None:
+            if not self._may_take_over(client_id):
+                channel.refuse(0x9F)
+                return
+            session.channel.disconnect(0x8E)  # [MQTT-3.1.4-3]
+            session = self.sessions.get(client_id)
         if session is not None and session.ends_at and session.ends_at <= core.now:
             self.end_session(session)
             session = None
@@ -213,7 +212,10 @@ class Engine:
         session.attach(channel, channel.outbox, v5)
         connack = packets.encode_connack(channel.version, present, 0, answer)
         if len(connack) > session.max_packet:  # [MQTT-3.1.2-24]
-            self.report("packet_limit", f"client {client_id!r} from {channel.peer} takes packets of {session.max_packet} bytes only")
+            self.report(
+                "packet_limit",
+                f"client {client_id!r} from {channel.peer} takes packets of {session.max_packet} bytes only",
+            )
             channel._abort("packet_limit")
             return
         channel.outbox.push(connack)  # [MQTT-3.2.2-2]
@@ -459,12 +461,10 @@ class Engine:
             self._drop_subscription(old)  # [MQTT-3.8.4-3]
             if session.subscriptions is not None:
                 session.subscriptions.remove(old)
-        subscription = self._add_subscription(session, target, key, qos, no_local, rap, ident)
+        self._add_subscription(session, target, key, qos, no_local, rap, ident)
         if key is not None:
             return qos, []
         if handling == 2 or (handling == 1 and old is not None):  # [MQTT-3.3.1-10] [MQTT-3.3.1-11]
-            return qos, []
-        if channel.connect is not None and channel.connect.bridge and old is not None:
             return qos, []
         return qos, self._retained_for(session, target, qos, (ident,) if ident else None)
 

@@ -421,7 +421,7 @@ class Session(Receiver):
             return
         if inflight is not None and inflight.count:
             convert = self.encoded5 != self.v5
-            again = deque()
+            again: Any = deque()
             for ident, state, head, body, ref in inflight.entries():
                 if state == RELEASED:
                     box.push(b"\x62\x02" + IDENTIFIERS[ident])

@@ -80,6 +80,11 @@ async def eventually(there: Callable[[], Any], what: str, seconds: float = 15, e
         await asyncio.sleep(every)
 
 
+def wait_running(broker: Broker, room: str, name: str, seconds: float = 15) -> None:
+    """Until `status` shows that instance running; unlike `Broker.wait_for` without a process for every look."""
+    until(lambda: ask(broker, "status")[room].get(name, {}).get("state") == "running", f"{room}.{name}", seconds)
+
+
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 

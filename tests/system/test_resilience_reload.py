@@ -51,7 +51,7 @@ async def test_c19_reloads_under_load_drop_no_client_lose_no_message_and_touch_n
     }
     with broker(tmp_path, fragments) as running:
         for room, name in (("sinks", "store"), ("bridges", "hq")):
-            await asyncio.to_thread(running.wait_for, room, name, "running")
+            await asyncio.to_thread(resilience.wait_running, running, room, name)
         to = resilience.url(running)
         seen, seen0, stored, remote = Ledger(), Ledger(), Ledger(), Ledger()
         peer = await Listening.open(remote, mosquitto.url, "telemetry/one", "peer", version=4)
@@ -130,7 +130,7 @@ def test_a_changed_fragment_touches_only_its_own_instance(tmp_path: Path, mosqui
     }
     with broker(tmp_path, fragments) as running, Device(running.port, client_id="device") as device:
         for room, name in (("sinks", "store"), ("sinks", "other"), ("bridges", "hq")):
-            running.wait_for(room, name, "running")
+            resilience.wait_running(running, room, name)
         device.publish("telemetry/x", b"1")
         until(lambda: resilience.row_count(running) == 1, "the first row")
         before, ports = ask(running, "status"), bridge_ports(mosquitto)
@@ -140,7 +140,7 @@ def test_a_changed_fragment_touches_only_its_own_instance(tmp_path: Path, mosqui
         lines = dict(line.split(":", 1) for line in done.stdout.splitlines())
         assert lines["changed"].strip() == "sinks.other"
         assert (lines["added"].strip(), lines["removed"].strip()) == ("", "")
-        running.wait_for("sinks", "other", "running")
+        resilience.wait_running(running, "sinks", "other")
         device.publish("telemetry/x", b"2")
         until(lambda: resilience.row_count(running) == 2, "the second row")
         after = ask(running, "status")
@@ -176,7 +176,7 @@ def test_a_broken_fragment_changes_nothing_and_says_where(tmp_path: Path, name: 
         broker(tmp_path, {"00-broker.toml": OPEN, "30-sink.toml": STORE}) as running,
         Device(running.port, client_id="device") as device,
     ):
-        running.wait_for("sinks", "store", "running")
+        resilience.wait_running(running, "sinks", "store")
         before = ask(running, "status")
         # a good change beside the broken one must not slip in
         running.write("06-extra.toml", '[listeners.extra]\nkind = "tcp"\nbind = "127.0.0.1:0"\n')
@@ -247,8 +247,8 @@ def test_c21_deleting_a_fragment_removes_listener_users_bridge_and_sink(
             "40-bridge.toml": BRIDGE.format(url=mosquitto.url),
         },
     ) as running:
-        running.wait_for("sinks", "store", "running")
-        running.wait_for("bridges", "hq", "running")
+        resilience.wait_running(running, "sinks", "store")
+        resilience.wait_running(running, "bridges", "hq")
         extra = int(running.ready["extra"].rpartition(":")[2])
         with Device(extra, "alice", "alice", client_id="device") as device:
             device.publish("telemetry/x", b"1")
@@ -314,7 +314,7 @@ def test_an_orphan_is_deleted_only_on_request(tmp_path: Path) -> None:
         broker(tmp_path, {"00-broker.toml": OPEN, "30-sink.toml": STORE}) as running,
         Device(running.port, client_id="device") as device,
     ):
-        running.wait_for("sinks", "store", "running")
+        resilience.wait_running(running, "sinks", "store")
         assert running.isthmus("sinks", "pause", "store").returncode == 0
         device.publish("telemetry/x", b"1")
         (running.conf / "30-sink.toml").unlink()

@@ -41,7 +41,7 @@ class Bystander(Handler):
 
 async def test_r14_sigterm_tells_everybody_stores_what_was_promised_and_ends_within_ten_seconds(tmp_path: Path) -> None:
     with broker(tmp_path, {"00-broker.toml": OPEN, "30-sink.toml": STORE}) as running:
-        await asyncio.to_thread(running.wait_for, "sinks", "store", "running")
+        await asyncio.to_thread(resilience.wait_running, running, "sinks", "store")
         to = resilience.url(running)
         crowd = [Bystander() for _ in range(CLIENTS)]
         for number, one in enumerate(crowd):
@@ -70,7 +70,7 @@ def test_a_stop_is_bounded_when_kafka_never_answers(tmp_path: Path, start_kafka:
     asyncio.run(kafka.create_topic("stop"))
     sink = f'[sinks.kafka]\nservers = ["{kafka.bootstrap}"]\nfilters = ["telemetry/#"]\ntopic = "stop"\n'
     with broker(tmp_path, {"00-broker.toml": OPEN, "30-sink.toml": sink}) as running:
-        running.wait_for("sinks", "kafka", "running")
+        resilience.wait_running(running, "sinks", "kafka")
         with stuck(running.port) as device:
             device.sendall(packets.encode_publish(b"telemetry/x", b"1", 1, False, False, 1, 5))
             assert device.recv(100)[:1] == b"\x40"
@@ -147,11 +147,11 @@ def test_after_a_kill_it_starts_again_in_the_same_folder(tmp_path: Path) -> None
     running.write("00-broker.toml", OPEN)
     running.write("30-sink.toml", STORE)
     running.start()
-    running.wait_for("sinks", "store", "running")
+    resilience.wait_running(running, "sinks", "store")
     running.stop(signal.SIGKILL)
     until(lambda: not leftovers(running), "the orphaned worker's end", 10, 0.1)
     try:
         running.start()
-        running.wait_for("sinks", "store", "running")
+        resilience.wait_running(running, "sinks", "store")
     finally:
         assert running.stop() == 0

@@ -30,6 +30,7 @@ filters = ["telemetry/#"]
 topic = "{topic}"
 """
 KILLS = 3 if SOAK else 1
+SECONDS = 5.0 * KILLS
 
 
 @contextlib.asynccontextmanager
@@ -68,11 +69,11 @@ async def test_a_killed_worker_is_back_in_two_seconds_and_nothing_acknowledged_i
         await kafka.create_topic("killed-worker")
         fragment = KAFKA.format(bootstrap=kafka.bootstrap, topic="killed-worker")
     with broker(tmp_path, {"00-broker.toml": resilience.OPEN, "30-sink.toml": fragment}) as running:
-        await asyncio.to_thread(running.wait_for, "sinks", "store", "running")
+        await asyncio.to_thread(resilience.wait_running, running, "sinks", "store")
         ledger = Ledger()
         stream = await Stream([ledger], "device", "telemetry/device/x", 5_000).open(resilience.url(running))
         async with closing(stream):
-            load = asyncio.create_task(stream.run(3.0 + 5 * KILLS))
+            load = asyncio.create_task(stream.run(SECONDS))
             times = []
             for _ in range(KILLS):
                 await asyncio.sleep(1.5)
@@ -84,7 +85,7 @@ async def test_a_killed_worker_is_back_in_two_seconds_and_nothing_acknowledged_i
                 await asyncio.sleep(1.5)
             await load
             await stream.settle()
-            rate = stream.acknowledged / (3.0 + 5 * KILLS)
+            rate = stream.acknowledged / SECONDS
             print(f"{sink}: attached again after {times} s; {stream.acknowledged} acknowledged, {rate:.0f}/s")
             record_property("attached_again_s", round(max(times), 2))
             assert stream.refused == 0
@@ -161,7 +162,7 @@ async def test_a_message_acknowledged_before_the_workers_first_connection_arrive
 
 async def test_a_worker_killed_again_and_again_loses_nothing_and_nobody_is_refused(tmp_path: Path) -> None:
     with broker(tmp_path, {"00-broker.toml": resilience.OPEN, "30-sink.toml": resilience.STORE}) as running:
-        await asyncio.to_thread(running.wait_for, "sinks", "store", "running")
+        await asyncio.to_thread(resilience.wait_running, running, "sinks", "store")
         ledger = Ledger()
         stream = await Stream([ledger], "device", "telemetry/device/x", 500).open(resilience.url(running))
         async with closing(stream):

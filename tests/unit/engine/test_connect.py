@@ -8,7 +8,18 @@ from broker.engine.listener import ListenerInfo
 from broker.mqtt import packets
 from broker.mqtt.packets import Will
 from tests.unit.engine.harness import Bench, connect_packet, props
-from tests.unit.engine.parts import PUBACK, PUBCOMP, PUBREC, PUBREL, ack, closed_with, is_empty, payloads, publish, resume
+from tests.unit.engine.parts import (
+    PUBACK,
+    PUBCOMP,
+    PUBREC,
+    PUBREL,
+    ack,
+    closed_with,
+    is_empty,
+    payloads,
+    publish,
+    resume,
+)
 
 
 @pytest.fixture

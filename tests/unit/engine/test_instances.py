@@ -186,7 +186,9 @@ def test_a_full_queue_refuses(bench: Bench) -> None:
     assert [a.code for a in five.take()] == [0]
 
 
-@pytest.mark.parametrize(("overflow", "kept"), [("drop_oldest", [b"3", b"4", b"5"]), ("drop_newest", [b"0", b"1", b"2"])])
+@pytest.mark.parametrize(
+    ("overflow", "kept"), [("drop_oldest", [b"3", b"4", b"5"]), ("drop_newest", [b"0", b"1", b"2"])]
+)
 def test_a_queue_may_drop_instead(bench: Bench, overflow: Any, kept: list[bytes]) -> None:
     bench.engine.ensure_instance("x", spec(max_bytes=12, overflow=overflow))
     p = bench.client("p", version=5)
@@ -286,7 +288,9 @@ def test_a_blocked_publisher_may_go_away(bench: Bench) -> None:
 def test_delivered_holds_the_publisher_until_the_worker_has_acknowledged(bench: Bench, lanes: int) -> None:
     bench.engine.ensure_instance("x", spec(ack="delivered", lanes=lanes), by_client)
     p = bench.client("p", version=5)
-    p.publish("t/1", b"1", 1, ident=1).publish("t/1", b"2", 2, ident=2).publish("t/1", b"3", 0).publish("u", b"4", 1, ident=4)
+    p.publish("t/1", b"1", 1, ident=1).publish("t/1", b"2", 2, ident=2).publish("t/1", b"3", 0).publish(
+        "u", b"4", 1, ident=4
+    )
     assert not p.bytes()
     got = [m for n in range(lanes) for w in [worker(bench, f"x/{n}")] for m in w.take()[1:]]
     lane = next(s for s in bench.engine.lanes("x") if s.queued)

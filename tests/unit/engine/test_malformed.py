@@ -265,3 +265,79 @@ def test_p23_control_characters_pass_only_where_strictness_is_off() -> None:
     assert watcher.bytes() == packets.encode_publish(b"a\x01b", b"x", 0, False, False, 0, 4)
     client.send(packets.encode_publish(b"a\x00b", b"x", 0, False, False, 0, 4))
     assert client.closed
+
+
+PROPERTIES = {
+    0x01: b"\x01", 0x02: b"\0\0\0\x05", 0x03: b"\0\x01t", 0x08: b"\0\x01r", 0x09: b"\0\x01c", 0x0B: b"\x05",
+    0x11: b"\0\0\0\x05", 0x12: b"\0\x01i", 0x13: b"\0\x05", 0x15: b"\0\x01m", 0x16: b"\0\x01d", 0x17: b"\x01",
+    0x18: b"\0\0\0\x05", 0x19: b"\x01", 0x1A: b"\0\x01i", 0x1C: b"\0\x01s", 0x1F: b"\0\x01r", 0x21: b"\0\x05",
+    0x22: b"\0\x05", 0x23: b"\0\x05", 0x24: b"\x01", 0x25: b"\x01", 0x27: b"\0\0\x10\0", 0x28: b"\x01", 0x29: b"\x01",
+    0x2A: b"\x01",
+}  # fmt: skip
+"""One valid value of every property but the user property, which may be repeated and stands almost everywhere."""
+PLACES = {
+    "connect": (0x10, b"\0\x04MQTT\x05\x02\0\0", b"\0\x01c", {0x11, 0x15, 0x16, 0x17, 0x19, 0x21, 0x22, 0x27}),
+    "will": (0x10, b"\0\x04MQTT\x05\x06\0\0\0\0\x01c", b"\0\x01w\0\0", {0x01, 0x02, 0x03, 0x08, 0x09, 0x18}),
+    "publish": (0x32, b"\0\x01t\0\x01", b"p", {0x01, 0x02, 0x03, 0x08, 0x09, 0x23}),
+    "puback": (0x40, b"\0\x01\0", b"", {0x1F}),
+    "pubrec": (0x50, b"\0\x01\0", b"", {0x1F}),
+    "pubrel": (0x62, b"\0\x01\0", b"", {0x1F}),
+    "pubcomp": (0x70, b"\0\x01\0", b"", {0x1F}),
+    "subscribe": (0x82, b"\0\x01", b"\0\x01f\0", {0x0B}),
+    "unsubscribe": (0xA2, b"\0\x01", b"\0\x01f", set()),
+    "disconnect": (0xE0, b"\0", b"", {0x11, 0x1F, 0x1C}),
+}
+"""Where properties stand in what a client sends, and which are allowed there."""
+
+
+def _with(place: str, block: bytes) -> Client:
+    first, before, after, _ = PLACES[place]
+    body = before + bytes((len(block),)) + block + after
+    bench = Bench()
+    if first == 0x10:
+        client = bench.socket()
+        client.version = 5
+    else:
+        client = bench.client("c", version=5, session_expiry_interval=9)
+        client.take()
+    client.send(bytes((first, len(body))) + body)
+    return client
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("number", PROPERTIES, ids=hex)
+def test_p47_p48_a_property_stands_where_it_belongs_and_once(place: str, number: int) -> None:
+    one = bytes((number,)) + PROPERTIES[number]
+    allowed = number in PLACES[place][3]
+    if not allowed:
+        assert closed_with(_with(place, one), 0x82)
+        return
+    if number == 0x15:
+        assert closed_with(_with(place, one), 0x8C)
+    elif number == 0x16:
+        assert closed_with(_with(place, one), 0x82), "data without a method"
+    elif number != 0x1C and place != "disconnect":
+        assert not _with(place, one).closed
+    assert closed_with(_with(place, one + one), 0x82)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "number", [b"\x00", b"\x04", b"\x7f", b"\x81\x01", b"\xa1\x00", b"\xff\xff\x01", b"\xff\xff\xff\xff\x7f"]
+)
+def test_p48_unknown_properties_end_the_connection(place: str, number: bytes) -> None:
+    assert closed_with(_with(place, number + b"\x01"), 0x81)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_p50_too_many_user_properties_end_the_connection(place: str) -> None:
+    pair = b"\x26\0\0\0\0"
+    assert not _with(place, pair * 20).closed or place == "disconnect"
+    first, before, after, _ = PLACES[place]
+    block = pair * 65
+    body = before + b"\xc5\x02" + block + after
+    client = _with("publish", b"") if first != 0x10 else Bench().socket()
+    client.version = 5
+    client.take()
+    client.send(bytes((first,)) + bytes((len(body) & 127 | 128, len(body) >> 7)) + body)
+    assert closed_with(client, 0x97)

@@ -79,7 +79,9 @@ def test_rights_kept_for_a_session_are_bounded_in_bytes(bench: Bench) -> None:
     assert bench.engine.core.dropped == {"unauthorized": 5000}
 
 
-@pytest.mark.parametrize("raw", ["34 05 00 01 61 00 00", "36 05 00 01 61 00 01", "38 03 00 01 61", "3a 05 00 01 61 00 00"])
+@pytest.mark.parametrize(
+    "raw", ["34 05 00 01 61 00 00", "36 05 00 01 61 00 01", "38 03 00 01 61", "3a 05 00 01 61 00 00"]
+)
 def test_p33_impossible_flags_and_identifiers_end_the_connection(bench: Bench, raw: str) -> None:
     for version in (3, 4):
         client = bench.client("c", version=version)

@@ -96,7 +96,11 @@ def test_r07_the_number_of_retained_messages_is_bounded() -> None:
     assert {a.code for a in five.take()} == {0}
     new = bench.client("new")
     new.subscribe("#")
-    assert sorted((m.topic, m.payload) for m in new.after_suback) == [(b"t/1", b"replaced"), (b"t/2", b"m"), (b"t/9", b"m")]
+    assert sorted((m.topic, m.payload) for m in new.after_suback) == [
+        (b"t/1", b"replaced"),
+        (b"t/2", b"m"),
+        (b"t/9", b"m"),
+    ]
 
 
 def test_r07_a_qos_2_message_that_could_not_be_retained_is_still_taken_once_from_mqtt_3() -> None:

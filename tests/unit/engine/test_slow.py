@@ -7,8 +7,8 @@ import time
 import pytest
 
 from broker.engine import topics
-from broker.engine.router import Router
 from broker.engine.receiver import Receiver, Subscription
+from broker.engine.router import Router
 from tests.unit.engine.harness import Bench, Client
 from tests.unit.engine.parts import PUBACK, Slow, ack, payloads, publish
 
@@ -139,10 +139,12 @@ def test_r11_one_payload_is_shared_by_all_receivers(bench: Bench) -> None:
         client = bench.client(f"s{i}")
         client.subscribe("t")
         client.link = client.channel.link = client.channel.outbox.link = Slow()
+        client.read = 0
         clients.append(client)
     bench.client("p").publish("t", b"x" * 1024)
     assert len({id(client.link.writes[0]) for client in clients}) == 1  # type: ignore[attr-defined]
     for client in clients:
+        assert len(client.take()) == 1
         client.subscribe("u", qos=1)
     bench.client("q").publish("u", b"y" * 1024, 1)
     bodies = [entry[3] for client in clients for entry in client.channel.session.inflight.entries()]
@@ -201,7 +203,11 @@ def test_r08_ten_thousand_overlapping_wildcards_are_matched_quickly() -> None:
     assert _matching_time(router, topic) < 0.05
     for n in range(10_000):
         literal = b"/".join(b"+" if n >> level & 1 else b"a" for level in range(14))
-        found = [s for s in router.matching(literal.replace(b"+", b"x") + b"/z") if s.filter == literal + b"/#"][:1] if n < 20 else []
+        found = (
+            [s for s in router.matching(literal.replace(b"+", b"x") + b"/z") if s.filter == literal + b"/#"][:1]
+            if n < 20
+            else []
+        )
         for subscription in found:
             router.remove(subscription)
     assert router.count == 9_980

@@ -7,7 +7,18 @@ import pytest
 from broker.mqtt import packets
 from broker.mqtt.packets import Will
 from tests.unit.engine.harness import Bench
-from tests.unit.engine.parts import PUBACK, PUBCOMP, PUBREC, PUBREL, ack, closed_with, is_empty, payloads, publish, resume
+from tests.unit.engine.parts import (
+    PUBACK,
+    PUBCOMP,
+    PUBREC,
+    PUBREL,
+    ack,
+    closed_with,
+    is_empty,
+    payloads,
+    publish,
+    resume,
+)
 
 
 @pytest.fixture
@@ -27,7 +38,9 @@ def test_p28_an_invalid_filter_is_refused_alone_or_ends_the_connection(bench: Be
     assert len(five.take()) == 1
 
 
-@pytest.mark.parametrize("filter", ["$share", "$share/ab", "$share//x", "$share/+/x", "$share/#/x", "$share/g/", "$share/a+/x"])
+@pytest.mark.parametrize(
+    "filter", ["$share", "$share/ab", "$share//x", "$share/+/x", "$share/#/x", "$share/g/", "$share/a+/x"]
+)
 def test_p29_an_invalid_shared_filter_is_refused_and_the_broker_goes_on(bench: Bench, filter: str) -> None:
     five = bench.client("five", version=5)
     assert five.subscribe(filter) == [0x8F]

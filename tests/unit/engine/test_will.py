@@ -23,7 +23,11 @@ class Watched(Bench):
         """An MQTT 5 client whose will has these properties."""
         properties: Properties | None = props(**will) if will else None
         return self.client(
-            client_id, version=5, clean=False, will=Will(b"will", b"gone", 1, False, properties), session_expiry_interval=expiry
+            client_id,
+            version=5,
+            clean=False,
+            will=Will(b"will", b"gone", 1, False, properties),
+            session_expiry_interval=expiry,
         )
 
     def came(self) -> int:
@@ -166,11 +170,25 @@ def test_a_retained_will_without_payload_clears(bench: Watched) -> None:
 
 
 def test_a_client_does_not_hear_its_own_will_after_it_is_gone(bench: Watched) -> None:
-    client = bench.client("c", version=5, clean=False, session_expiry_interval=60, will=Will(b"own", b"x", 1, False, None))
+    client = bench.client(
+        "c", version=5, clean=False, session_expiry_interval=60, will=Will(b"own", b"x", 1, False, None)
+    )
     client.subscribe(("own", 4 | 1))
-    other = bench.client("d", version=5, clean=False, session_expiry_interval=60, will=Will(b"own", b"y", 1, False, None))
+    other = bench.client(
+        "d", version=5, clean=False, session_expiry_interval=60, will=Will(b"own", b"y", 1, False, None)
+    )
     other.subscribe(("own", 1))
     client.drop()
     other.drop()
     assert [m.payload for m in resume(bench, "c", 5).take()[1:]] == [b"y"]
     assert [m.payload for m in resume(bench, "d", 5).take()[1:]] == [b"x", b"y"]
+
+
+def test_p60_many_wills_at_once_are_each_published_once(bench: Watched) -> None:
+    clients = [bench.client(f"c{n}", will=Will(b"will", b"%05d" % n * 3000, 0, False, None)) for n in range(300)]
+    for client in clients:
+        client.channel.lost(None)
+    bench.settle()
+    got = payloads(bench.watcher)
+    assert sorted(payload[:5] for payload in got) == [b"%05d" % n for n in range(300)]
+    assert len(bench.engine.sessions) == 1
