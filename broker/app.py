@@ -313,18 +313,20 @@ async def _serve(settings: Settings, load: Callable[[], Settings], hints: list[s
             os._exit(1)
         broker.stopping.set()
 
-    asked = False
+    asked = reloading = False
 
     async def reload_while_asked() -> None:
-        nonlocal asked
+        nonlocal asked, reloading
         while asked:  # a signal during a reload may be about files it has already read
             asked = False
             await broker.reload_logged()
+        reloading = False
 
     def on_reload() -> None:
-        nonlocal asked
+        nonlocal asked, reloading
         asked = True
-        if not tasks:
+        if not reloading:
+            reloading = True
             task = loop.create_task(reload_while_asked())
             tasks.add(task)
             task.add_done_callback(tasks.discard)

@@ -12,6 +12,7 @@ found.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import ctypes
@@ -813,6 +814,11 @@ class Kafka:
                 for topic, code, *rest in answer.topic_errors:
                     if code not in (0, 36):
                         raise RuntimeError(f"Kafka refuses topic {topic}: error {code} {rest}")
+            deadline = time.monotonic() + 15 * PATIENCE
+            while not _led(await admin.describe_topics([name])):  # created is not yet known to be led
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"Kafka created topic {name} but shows no leader for it")
+                await asyncio.sleep(0.02)
         finally:
             await admin.close()
 
@@ -847,6 +853,14 @@ class Kafka:
         finally:
             await consumer.stop()
         return records
+
+
+def _led(described: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every partition of the topics has a leader."""
+    return all(
+        not topic["error_code"] and topic["partitions"] and all(not p["error_code"] for p in topic["partitions"])
+        for topic in described
+    )
 
 
 def _kafka_answers(bootstrap: str) -> bool:

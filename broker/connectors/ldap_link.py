@@ -22,11 +22,14 @@ MAX_ANSWER = 4 << 20
 """Bytes one operation may receive: a directory that sends more is not answering our question."""
 
 SUCCESS = 0
+OPERATIONS_ERROR = 1
+"""Active Directory's answer to a search without a bind."""
 SIZE_LIMIT_EXCEEDED = 4
 STRONGER_AUTH_REQUIRED = 8
 REFERRAL = 10
 CONFIDENTIALITY_REQUIRED = 13
 NO_SUCH_OBJECT = 32
+NO_RIGHTS = 50
 
 REFUSED = {
     19: "a constraint of the directory, for example a locked account",
@@ -240,7 +243,8 @@ class Link:
         if code in (NO_SUCH_OBJECT, REFERRAL):
             return []
         if code != SUCCESS:
-            raise LinkError(f"{self.place}: the search failed with result {code} {result.get('description')}")
+            advice = "; set bind_dn, or give it the right to read" if code in (OPERATIONS_ERROR, NO_RIGHTS) else ""
+            raise LinkError(f"{self.place}: the search failed with result {code} {result.get('description')}{advice}")
         return found
 
     def kill(self) -> None:

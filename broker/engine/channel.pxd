@@ -45,6 +45,7 @@ cdef class Channel:
     cdef public Entry memo_entry
     cdef public bint problem_information
     cdef public bint graceful
+    cdef public bint bridge
     cdef public long long bucket
     cdef public int unanswered
     cdef public int unreleased

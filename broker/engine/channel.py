@@ -91,6 +91,7 @@ class Channel:
         self.memo_entry: Entry | None = None
         self.problem_information = True
         self.graceful = False
+        self.bridge = False
         self.bucket = -1
         self.unanswered = 0
         """QoS 1 messages of this connection whose PUBACK has not left yet."""
@@ -743,6 +744,7 @@ class Channel:
         self.connect = connect
         self.version = connect.version
         self.v5 = connect.version == 5
+        self.bridge = connect.bridge
         if connect.bridge and not self.listener.bridge_bit:
             self.refuse(0x84)
             return

@@ -435,6 +435,10 @@ class Engine:
         no_local = bool(options & 4)
         rap = bool(options & 8)
         handling = options >> 4 & 3
+        if channel.bridge:  # the bit of a private bridge stands for what MQTT 5 has options for
+            rap = True
+            no_local = not filter.startswith(b"$share/")
+            handling = 1
         key: tuple[bytes, bytes] | None = None
         target = filter
         if filter.startswith(b"$share/") or filter == b"$share":

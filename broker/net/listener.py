@@ -111,6 +111,7 @@ class Listener(Admission):
         info = self.info
         info.kind = config.kind or self.name
         info.auth = config.auth
+        info.bridge_bit = config.allow_bridges
         info.max_packet_size = config.max_packet_size or 0
         info.max_connections = config.max_connections
         info.attributes = {"allow_anonymous": config.allow_anonymous}

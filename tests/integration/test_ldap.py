@@ -299,7 +299,7 @@ async def test_a12_starttls_that_is_refused_sends_no_password(slapd: Slapd, conn
 
 
 async def test_a13_parallel_logins_are_never_mixed_up(slapd: Slapd, connect: Open) -> None:
-    backend = await connect(slapd, pool=4, timeout=30)
+    backend = await connect(slapd, pool=4, timeout=30, max_bind_failures=0)
 
     async def one(number: int) -> tuple[Any, bool]:
         name = ("alice", "bob", "carol", "dave")[number % 4]
@@ -317,7 +317,7 @@ async def test_a13_parallel_logins_are_never_mixed_up(slapd: Slapd, connect: Ope
 
 
 async def test_a42_logins_cancelled_at_any_point_leave_no_trace(slapd: Slapd, connect: Open) -> None:
-    backend = await connect(slapd, pool=4, timeout=30)
+    backend = await connect(slapd, pool=4, timeout=30, max_bind_failures=0)
 
     async def one(number: int) -> None:
         name, wrong = ("alice", b"wrong") if number % 2 else ("carol", b"wrong")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from auth.ldap import LdapConfig, open_ldap
 from broker.connectors.ldap_link import MAX_ANSWER
-from broker.extend.auth import BackendUnavailable, Client, Grant, Verdict
+from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from tests.integration.fake_ldap import FakeLdap, entry, reference, text, tlv
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
@@ -174,7 +174,7 @@ async def test_a12_no_password_without_tls(fake: FakeLdap) -> None:
 
 async def test_a13_searches_run_as_the_service_account_only(fake: FakeLdap) -> None:
     fake.bind = lambda dn, password: 0 if password in (b"svc-pw", b"pw") else 49
-    backend = await open_ldap(config(fake, pool=4, timeout=10, groups={"g": {"dn": "cn=g,dc=x"}}))
+    backend = await open_ldap(config(fake, pool=4, timeout=10, groups={"g": {"dn": "cn=g,dc=x"}}, max_bind_failures=0))
     results = await asyncio.gather(
         *(backend.authenticate(Client("c", "u"), b"pw" if n % 2 else b"no") for n in range(100))
     )
@@ -318,6 +318,66 @@ async def test_failures_of_a_bind_are_errors_not_refusals(fake: FakeLdap, code: 
     fake.bind = lambda dn, password: 0 if dn == "cn=svc" else code
     with pytest.raises(BackendUnavailable):
         await authenticate(fake)
+
+
+@pytest.mark.parametrize("code", [8, 13])
+async def test_a_directory_that_wants_tls_says_so(fake: FakeLdap, code: int) -> None:
+    fake.bind = lambda dn, password: code
+    with pytest.raises(BackendUnavailable, match=r"only over TLS.*starttls"):
+        await authenticate(fake)
+
+
+async def test_a_base_that_is_not_there_is_an_error_and_no_unknown_user(fake: FakeLdap) -> None:
+    fake.found, fake.search_code = [], 32
+    with pytest.raises(BackendUnavailable, match="no entry 'dc=x'.*correct base_dn"):
+        await authenticate(fake)
+    for code in (0, 10, 32):
+        fake.search_code = code
+        backend = await open_ldap(config(fake))
+        with pytest.raises(BackendUnavailable, match="correct base_dn"):
+            await backend.check()
+        await backend.close()
+
+
+async def test_a_list_of_groups_that_is_cut_off_is_refused(fake: FakeLdap) -> None:
+    """More values than a server gives at once: a group whose denial counts may be among the others."""
+    groups = {"g": {"dn": "cn=g,dc=x", "publish": ["a"]}}
+    options = {"nested_groups": "memberof", "groups": groups}
+    fake.found = [entry("uid=u,dc=x", uid="u", memberOf=["cn=g,dc=x"])]
+    assert isinstance(await authenticate(fake, **options), Grant)
+    fake.found = [entry("uid=u,dc=x", **{"uid": "u", "memberOf": [], "memberOf;range=0-1499": ["cn=g,dc=x"]})]
+    answer = await authenticate(fake, **options)
+    assert isinstance(answer, Refusal)
+    assert not answer.authorized
+
+
+@pytest.mark.parametrize("mode", ["search_bind", "direct_bind"])
+async def test_wrong_passwords_reach_the_directory_three_times(fake: FakeLdap, mode: str) -> None:
+    fake.bind = lambda dn, password: 0 if password in (b"svc-pw", b"pw") else 49
+    user_dn = {"user_dn": "uid=${username},dc=x"} if mode == "direct_bind" else {}
+    backend = await open_ldap(config(fake, mode=mode, exact_name=False, **user_dn))
+
+    async def login(name: str, password: bytes) -> Any:
+        return await backend.authenticate(Client("c", name), password)
+
+    try:
+        for _ in range(3):
+            for _ in range(2):
+                assert await login("u", b"no") is DENY
+            assert isinstance(await login("u", b"pw"), Grant), "which starts over"
+        fake.binds.clear()
+        for name in ("u", "U", "u "):
+            assert await login(name, b"no") is DENY
+        asked = len(fake.binds), len(fake.bases)
+        for name, password in (("u", b"no"), ("U", b"no"), ("u", b"pw")):
+            answer = await login(name, password)
+            assert isinstance(answer, Refusal)
+            assert answer.authorized, "0x86 for the client"
+            assert "no" not in answer.reason.split()
+        assert (len(fake.binds), len(fake.bases)) == asked, "nothing at all is asked"
+        assert isinstance(await login("v", b"pw"), Grant)
+    finally:
+        await backend.close()
 
 
 async def test_the_service_account_is_bound_once_a_connection(fake: FakeLdap) -> None:

@@ -36,12 +36,15 @@ def test_the_directory_speaks_tls_and_a_strange_authority_refuses_it(
         url = directory.ldaps_url if way == "ldaps" else directory.url
         server = ldap3.Server(url, tls=tls, connect_timeout=5)
         connection = ldap3.Connection(server, f"uid=alice,{directory.people_dn}", "alice-pw")
-        connection.open()
-        if way == "starttls":
-            connection.start_tls()
-        bound: bool = connection.bind()
-        connection.unbind()
-        return bound
+        try:
+            connection.open()
+            if way == "starttls":
+                connection.start_tls()
+            bound: bool = connection.bind()
+            return bound
+        finally:
+            if connection.socket is not None:  # a refused certificate leaves it open
+                connection.socket.close()
 
     assert bind(certs.ca)
     with pytest.raises(ldap3.core.exceptions.LDAPException):
