@@ -230,7 +230,9 @@ class Link:
         result, response = connection.result, connection.response or []
         code = int(result["result"])
         found = [
-            Entry(str(item["dn"]), {name.lower(): list(values) for name, values in item["raw_attributes"].items()})
+            Entry(
+                str(item["dn"]), {name.lower(): list(values or ()) for name, values in item["raw_attributes"].items()}
+            )
             for item in response
             if item.get("type") == "searchResEntry"
         ]

@@ -329,7 +329,7 @@ async def test_a_directory_that_wants_tls_says_so(fake: FakeLdap, code: int) -> 
 
 async def test_a_base_that_is_not_there_is_an_error_and_no_unknown_user(fake: FakeLdap) -> None:
     fake.found, fake.search_code = [], 32
-    with pytest.raises(BackendUnavailable, match="no entry 'dc=x'.*correct base_dn"):
+    with pytest.raises(BackendUnavailable, match=r"no entry 'dc=x'.*correct base_dn"):
         await authenticate(fake)
     for code in (0, 10, 32):
         fake.search_code = code
