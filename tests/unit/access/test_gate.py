@@ -622,11 +622,8 @@ async def test_closing_ends_pending_logins(login: Any) -> None:
     assert fake.closed
 
 
-async def test_many_cached_logins_a_second(login: Any) -> None:
+async def test_what_needs_no_backend_is_answered_before_the_call_returns(login: Any) -> None:
     log = await login(instance("one", Fake(ALLOW)), allow_anonymous=True)
     await log()
-    began = time.perf_counter()
-    for _ in range(2000):
-        log.start(None, None)
-    anonymous = (time.perf_counter() - began) / 2000
-    assert anonymous < 200e-6, "about 5 µs when nothing else runs"
+    assert [log.start(None, None).code for _ in range(100)] == [0] * 100
+    assert log.start().code == 0, "the second login comes from the cache"

@@ -224,13 +224,16 @@ def test_many_placeholders_at_one_level() -> None:
     assert decide(rules, PUBLISH, "d1-#/x", clientid="#") is None
 
 
-def test_a_miss_on_200_rules_with_placeholders_costs_a_few_microseconds() -> None:
-    compiled = RuleSet([rule(f"allow publish plant/{n}/${{username}}/${{clientid}}/#") for n in range(200)])
+def test_the_cost_of_a_miss_does_not_grow_with_the_number_of_rules() -> None:
     subject = Principal("c1", "u1")
-    parts = ["plant", "77", "u1", "other", "temperature"]
+    parts = ["plant", "7", "u1", "other", "temperature"]
     topic = "/".join(parts)
-    best = min(_time(compiled, topic, parts, subject) for _ in range(5))
-    assert best < 30e-6, f"{best * 1e6:.1f} µs"  # about 3 when nothing else runs
+
+    def best(count: int) -> float:
+        compiled = RuleSet([rule(f"allow publish plant/{n}/${{username}}/${{clientid}}/#") for n in range(count)])
+        return min(_time(compiled, topic, parts, subject) for _ in range(5))
+
+    assert best(1_000) < 10 * best(10)  # going through them one by one would cost 100 times as much
 
 
 def _time(compiled: RuleSet, topic: str, parts: list[str], subject: Principal) -> float:

@@ -166,7 +166,7 @@ def _matching_time(router: Router, topic: bytes) -> float:
 def test_r09_matching_grows_with_the_number_of_filters_and_no_faster() -> None:
     """Alternating `+` and literals: every filter of this kind of a depth, and a topic that meets them all."""
     times = []
-    for depth in (8, 9, 10, 11):
+    for depth in (6, 12):
         router = Router(lambda who, topic: 1, 1 << 20)
         for n in range(2**depth):
             filter = b"/".join(b"+" if n >> level & 1 else b"a" for level in range(depth))
@@ -174,7 +174,7 @@ def test_r09_matching_grows_with_the_number_of_filters_and_no_faster() -> None:
         topic = b"/".join([b"a"] * depth)
         assert len(router.matching(topic)) == 2**depth
         times.append(_matching_time(router, topic))
-    assert times[3] < times[0] * 8 * 2.5
+    assert times[1] < times[0] * 64 * 12  # 64 times the filters: linear is 64, quadratic 4 096, the rest a busy machine
 
 
 def test_r09_a_deep_topic_against_a_deep_filter_takes_linear_time() -> None:
@@ -189,7 +189,7 @@ def test_r09_a_deep_topic_against_a_deep_filter_takes_linear_time() -> None:
             shortest = min(shortest, time.perf_counter() - started)
         return shortest
 
-    assert best(512) < best(64) * 8 * 2.5
+    assert best(2048) < best(64) * 32 * 8  # linear is 32, quadratic 1 024, the rest a busy machine
 
 
 def test_r08_ten_thousand_overlapping_wildcards_are_matched_quickly() -> None:

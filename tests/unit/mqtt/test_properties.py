@@ -211,10 +211,6 @@ def test_p50_the_cap_on_user_properties_cuts_early(wire: Wire) -> None:
     assert _refused(wire, _many(wire, 65), PUBLISH) == 0x97
     assert _refused(wire, _many(wire, 15_000), PUBLISH) == 0x97
     assert _calls(wire, _many(wire, 15_000), 64) == _calls(wire, _many(wire, 3_300), 64)
-    block = _many(wire, 15_000)
-    started = time.process_time()
-    _refused(wire, block, PUBLISH)
-    assert time.process_time() - started < 0.05
 
 
 def test_p50_the_work_grows_with_the_count_and_not_faster(wire: Wire) -> None:
@@ -222,7 +218,7 @@ def test_p50_the_work_grows_with_the_count_and_not_faster(wire: Wire) -> None:
     for less, more in pairwise(counts):
         assert more <= 2.01 * less + 10
     best = {}
-    for n in (4_000, 8_000):
+    for n in (500, 16_000):
         block = _many(wire, n)
         runs = []
         for _ in range(5):
@@ -230,4 +226,4 @@ def test_p50_the_work_grows_with_the_count_and_not_faster(wire: Wire) -> None:
             wire.properties.decode_properties(block, 0, len(block), PUBLISH, 100_000)
             runs.append(time.process_time() - started)
         best[n] = min(runs)
-    assert best[8_000] <= 5 * best[4_000]  # 2 is linear, 4 is quadratic; the margin is for a busy machine
+    assert best[16_000] <= 32 * 8 * best[500]  # linear is 32, quadratic 1 024, the rest a busy machine
