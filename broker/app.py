@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from broker import identity
 from broker.access.gate import AccessError, AccessGate
@@ -29,7 +28,6 @@ from broker.engine.core import Limits
 from broker.engine.engine import Engine
 from broker.engine.message import Message
 from broker.extend import registry
-
 from broker.extend.record import compile_template
 from broker.extend.session import SessionSpec
 from broker.extend.sink import Record
@@ -115,8 +113,8 @@ class Broker:
         gc.collect()
         gc.freeze()
         log.info(
-            "broker %s is up; this release keeps queues in memory whatever broker.durability says: they survive a worker's "
-            "crash, not the broker's",
+            "broker %s is up; this release keeps queues in memory whatever broker.durability says: "
+            "they survive a worker's crash, not the broker's",
             settings.broker.name,
         )
 
@@ -147,7 +145,9 @@ class Broker:
 
     def _waiting(self) -> dict[str, int]:
         """Messages that wait for a sink or bridge, by its name."""
-        counts = {n: sum(s.queued for s in self.engine.lanes(n)) for n in (*self.settings.sinks, *self.settings.bridges)}
+        counts = {
+            n: sum(s.queued for s in self.engine.lanes(n)) for n in (*self.settings.sinks, *self.settings.bridges)
+        }
         return {name: count for name, count in counts.items() if count}
 
     async def _empty_queues(self) -> None:
@@ -211,7 +211,10 @@ class Broker:
                 left = self.engine.remove_instance(name)
                 if left:
                     log.warning(
-                        "the queue of %s is an orphan with %d messages; isthmus queues drop %s deletes it", name, left, name
+                        "the queue of %s is an orphan with %d messages; isthmus queues drop %s deletes it",
+                        name,
+                        left,
+                        name,
                     )
             for warning in new.warnings:
                 log.warning("%s", warning)
@@ -259,8 +262,10 @@ def order_key(text: str) -> Callable[[Message], str]:
 
 
 def tune_process() -> None:
-    """Descriptors up to the hard limit; memory returned to the system in large pieces only; rare garbage collections."""
-    gc.set_threshold(100_000, 50, 100)  # core classes form no cycles: a collection finds nothing and costs every connection
+    """Descriptors up to the hard limit, memory returned in large pieces only, rare garbage collections."""
+    gc.set_threshold(
+        100_000, 50, 100
+    )  # core classes form no cycles: a collection finds nothing and costs every connection
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -293,7 +298,9 @@ def serve(load: Callable[[], Settings], *, log_format: str = "text", log_level: 
     return uvloop.run(_serve(settings, load, hints, log_format, log_level))
 
 
-async def _serve(settings: Settings, load: Callable[[], Settings], hints: list[str], log_format: str, log_level: str) -> int:
+async def _serve(
+    settings: Settings, load: Callable[[], Settings], hints: list[str], log_format: str, log_level: str
+) -> int:
     try:
         broker = Broker(settings, load, log_format=log_format, log_level=log_level)
     except identity.DataFolderBusy as error:

@@ -23,8 +23,8 @@ class ListenerConfig(Section):
     allow_anonymous: bool | None = None
     """Whether a client with neither user name nor password is let in here. Default: as `[access]` says."""
     allow_bridges: bool = False
-    """Whether brokers may announce themselves as bridges (mosquitto's ``try_private``); they then get no message of their
-    own back and keep the retain flag. Without it they fall back to connecting as ordinary clients."""
+    """Whether brokers may announce themselves as bridges (mosquitto's ``try_private``); they then get no message of
+    their own back and keep the retain flag. Without it they fall back to connecting as ordinary clients."""
     max_connections: int = Field(default=100_000, ge=1, le=10_000_000)
     """Connections at the same time; more are closed at once."""
     max_packet_size: Annotated[Size, Field(ge=128, le=268_435_460)] | None = None

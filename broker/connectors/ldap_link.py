@@ -7,6 +7,7 @@ checked by Python's own ssl module. Passwords are sent as the bytes they are and
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import ssl
 import time
@@ -179,8 +180,7 @@ class Link:
             raise
         except (LDAPExceptionError, OSError, ValueError) as error:
             self.close()
-            advice = "; is the directory running, and is `servers` right?" if "Errno" in str(error) else ""
-            raise LinkError(f"{self.place}: {_reason(error)}{advice}") from None
+            raise LinkError(f"{self.place}: {_why_not_open(error)}") from None
 
     def bind(self, dn: str, password: bytes, deadline: float) -> BindResult:
         """A simple bind. Refuses an empty name or password before anything is sent (RFC 4513 section 5.1.2)."""
@@ -300,6 +300,23 @@ def _active_directory(message: str) -> str:
     _, found, rest = message.partition(", data ")
     code = rest.split(",")[0].strip()
     return f", data {code}" if found and code.isalnum() and len(code) <= 4 else ""
+
+
+def _why_not_open(error: BaseException) -> str:
+    """What ldap3 says about a failed opening, readable, and what to do about it."""
+    text = _reason(error)
+    tls = re.search(r"\[SSL: (\w+)\] ([^(]*)", text)
+    if tls is not None and "CERTIFICATE" in tls[1]:
+        return f"{tls[2].strip()}; name the authority in `ca`, and the server in `servers` as its certificate does"
+    if tls is not None:
+        return f"TLS failed: {tls[2].strip()}; does this port speak ldaps://, and does the server have a certificate?"
+    if text.startswith("startTLS failed"):
+        return f"StartTLS was refused ({text.rpartition(' ')[2]}); the server needs a certificate for it"
+    if text == "invalid server address":
+        return "the host name is not known; correct `servers`"
+    if "Errno" in text or "timed out" in text:
+        return f"{text}; is the directory running, and is `servers` right?"
+    return text
 
 
 def _reason(error: BaseException) -> str:

@@ -97,5 +97,8 @@ def check_layout() -> str | None:
         places = [Path(p).resolve() for p in (spec.submodule_search_locations or [])] if spec else []
         if (home / room) not in places or places[0] != home / room:
             found = places[0] if places else (Path(spec.origin) if spec and spec.origin else None)
-            return f"the package {room!r} is imported from {found}, not from {home / room}: another distribution installs this name, remove it"
+            return (
+                f"the package {room!r} is imported from {found}, not from {home / room}: "
+                "another distribution installs this name, remove it"
+            )
     return None

@@ -61,6 +61,8 @@ def test_a_directory_that_can_be_used(configure: Callable[..., Path]) -> None:
         ("base", "there is no entry 'ou=poeple,dc=example,dc=com'"),
         ("suffix", "there is no entry 'ou=people,dc=example,dc=org'"),
         ("tls", "StartTLS was refused"),
+        ("ldaps", "does this port speak ldaps://"),
+        ("name", "the host name is not known; correct `servers`"),
     ],
 )
 def test_a_directory_that_cannot_be_used(
@@ -69,17 +71,23 @@ def test_a_directory_that_cannot_be_used(
     """Exit code 3; the instance, the server and what to do; no password."""
     down = f"ldap://127.0.0.1:{free_port()}"
     changes = {
-        "down": (slapd.url, down), "password": ('"admin-pw"', '"not-this-one"'), "suffix": ("ou=people,dc=example,dc=com",
-        "ou=people,dc=example,dc=org"), "base": ("ou=people,", "ou=poeple,"), "tls": ('tls = "none"', 'tls = "starttls"'),
-    }  # fmt: skip
+        "down": (slapd.url, down),
+        "password": ('"admin-pw"', '"not-this-one"'),
+        "base": ("ou=people,", "ou=poeple,"),
+        "suffix": ("ou=people,dc=example,dc=com", "ou=people,dc=example,dc=org"),
+        "tls": ('tls = "none"', 'tls = "starttls"'),
+        "ldaps": ('"ldap://', '"ldaps://'),
+        "name": (slapd.url, "ldaps://directory.invalid"),
+    }
     advice = {"password": "correct bind_dn or bind_password", "base": "correct base_dn", "suffix": "correct base_dn"}
+    places = {"down": down, "ldaps": slapd.url.replace("ldap:", "ldaps:"), "name": "ldaps://directory.invalid:636"}
     folder = configure(changes[what])
     for arguments in (("check", "--connect"), ("auth", "test", "--user", "alice", "--client", "c1")):
         done = isthmus(folder, *arguments, stdin="alice-pw\n")
         assert done.returncode == 3, done.stdout + done.stderr
         line = next(line for line in done.stdout.splitlines() if say in line)
         assert line.startswith("auth.ldap")
-        assert (down if what == "down" else slapd.url) in line
+        assert places.get(what, slapd.url) in line
         assert advice.get(what, "") in line
         assert "not-this-one" not in done.stdout + done.stderr
         assert "alice-pw" not in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""`make kafka`: an Apache Kafka at 127.0.0.1:9092 to try the sink with; prints every record of the topic `telemetry`."""
+"""`make kafka`: an Apache Kafka at 127.0.0.1:9092 to try the sink with; shows what arrives in the topic `telemetry`."""
 
 from __future__ import annotations
 

@@ -213,11 +213,20 @@ class Client:
         return [packets.decode(first, body, self.version) for first, body in self.reader.feed(data)]
 
     def publish(
-        self, topic: str, payload: bytes = b"x", qos: int = 0, *, ident: int = 1, retain: bool = False, dup: bool = False,
+        self,
+        topic: str,
+        payload: bytes = b"x",
+        qos: int = 0,
+        *,
+        ident: int = 1,
+        retain: bool = False,
+        dup: bool = False,
         properties: bytes = b"",
-    ) -> Client:  # fmt: skip
+    ) -> Client:
+        """Send one PUBLISH."""
+        packet_id = ident if qos else 0
         return self.send(
-            packets.encode_publish(topic.encode(), payload, qos, retain, dup, ident if qos else 0, self.version, properties)
+            packets.encode_publish(topic.encode(), payload, qos, retain, dup, packet_id, self.version, properties)
         )
 
     def subscribe(self, *filters: str | tuple[str, int], qos: int = 0, ident: int = 1, **properties: Any) -> list[int]:
