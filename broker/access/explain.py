@@ -102,6 +102,8 @@ class _Story:
                 self.lines.append(f"auth.{guard.name}: error, ignored because on_error is ignore")
                 failed = decision
                 continue
+            if verdict == "error":
+                self.lines.append(f"auth.{guard.name}: configured in {self.settings.auth[guard.name].origin}")
             self.lines.append(f"auth.{guard.name}: {verdict}")
             if verdict != "ignore":
                 return decision

@@ -76,6 +76,8 @@ async def _try_all(settings: Settings, quiet: bool) -> list[dict[str, Any]]:
             error = None if instance is new else await _try(instance)
             took = round((time.monotonic() - started) * 1000)
             note = "the first run makes its files" if instance is new else error or ""
+            if error:
+                note = f"{note} ({instance.origin})"
             name = f"{room}.{instance.name}"
             results.append({"name": name, "ok": error is None, "ms": took, "text": note})
             if not quiet:
