@@ -95,6 +95,8 @@ class LimitsConfig(Section):
     """Which member of a shared subscription gets a message: round_robin | hash (of the publisher's client id)."""
     check_retain_source: bool = True
     """Whether a retained message is withheld when its publisher no longer has the right to write its topic."""
+    receive_maximum_policy: Literal["enforce", "warn"] = "enforce"
+    """What exceeding `receive_maximum` does: enforce (disconnected with 0x93) | warn (a line in the log)."""
     strict: bool = True
     """Whether text in packets is checked for control characters and non-characters too."""
 

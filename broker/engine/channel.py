@@ -525,7 +525,13 @@ class Channel:
             self._acknowledge(0x50, ident, 0)
             return CONTINUE
         if qos and self.v5 and self.unanswered + self.unreleased >= self.receive_maximum:
-            raise ProtocolError(0x93, "more unacknowledged messages than the Receive Maximum")  # [MQTT-3.3.4-7]
+            if core.limits.receive_maximum_policy != "warn":
+                raise ProtocolError(0x93, "more unacknowledged messages than the Receive Maximum")  # [MQTT-3.3.4-7]
+            core.count("receive_maximum_exceeded")
+            self.engine.report("receive_maximum", f"client {self.client_id!r} from {self.peer}: beyond Receive Maximum")
+        elif qos and not self.v5 and self.held is not None and len(self.held) >= core.limits.receive_maximum:
+            self.suspended = True  # 3.x knows no Receive Maximum: it is not read until acknowledgements are released
+            return SUSPEND
         if code == 0 and props is not None and props.payload_format_indicator == 1 and not _is_text(p[off:end]):
             code = 0x99
         if code:
@@ -645,6 +651,8 @@ class Channel:
             self.engine.holding.discard(self)
         if out:
             self.outbox.push(b"".join(out))
+        if self.suspended and (self.held is None or len(self.held) < self.core.limits.receive_maximum):
+            self.resume_parse()
 
     def _flush_acks(self) -> None:
         acks = self.acks

@@ -24,6 +24,7 @@ cdef class Limits:
     cdef public bint shared_client_ids
     cdef public str shared_strategy
     cdef public bint check_retain_source
+    cdef public str receive_maximum_policy
     cdef public bint strict
 
 

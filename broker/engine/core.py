@@ -32,6 +32,7 @@ class Limits:
         self.shared_client_ids = False
         self.shared_strategy = "round_robin"
         self.check_retain_source = True
+        self.receive_maximum_policy = "enforce"
         self.strict = True
         for name, value in values.items():
             if not hasattr(self, name):

@@ -240,3 +240,16 @@ def test_a_will_nobody_has_room_for_is_counted(bench: Bench) -> None:
     bench.client("p", will=packets.Will(b"t/w", b"m", 1, False, None)).drop()
     assert bench.engine.core.dropped == {"queue_full": 1}
     assert not late.got
+
+
+def test_a_client_of_3_x_is_not_read_while_too_many_acknowledgements_are_held() -> None:
+    bench = Bench(receive_maximum=3)
+    late = Late(bench)
+    p = bench.client("p")
+    p.send(b"".join(publish("t/1", b"%d" % i, 1, i + 1, 4) for i in range(5)))
+    assert late.got == [b"0", b"1", b"2"]
+    late.release()
+    assert late.got == [b"0", b"1", b"2", b"3"]
+    for _ in range(4):
+        late.release()
+    assert p.bytes() == b"".join(ack(PUBACK, i + 1) for i in range(5))

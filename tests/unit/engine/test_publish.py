@@ -490,3 +490,12 @@ def test_reason_codes_of_a_failed_release_are_understood(bench: Bench) -> None:
     s.send(packets.encode_ack(5, two.packet_id, 5, 0x10))
     assert s.bytes() == ack(PUBREL, two.packet_id)
     assert bench.engine.sessions["s"].queued == 1
+
+
+def test_p43_in_warn_mode_the_excess_is_only_logged_and_counted() -> None:
+    bench = Bench(receive_maximum=1, receive_maximum_policy="warn")
+    p = bench.client("p", version=5)
+    p.publish("t", b"1", 2, ident=1).publish("t", b"2", 2, ident=2)
+    assert not p.closed
+    assert bench.engine.core.events["receive_maximum_exceeded"] == 1
+    assert [category for category, _ in bench.reports] == ["receive_maximum"]
