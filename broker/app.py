@@ -173,11 +173,15 @@ class Broker:
     async def reload(self) -> Difference:
         """Read the whole configuration again and change only what differs.
 
-        Raises ConfigError or ReloadRefused; then nothing has changed. Returns when new subscriptions exist and new
-        listeners accept.
+        Raises ConfigError or ReloadRefused; then nothing has changed, though other listeners may have taken a renewed
+        certificate. Returns when new subscriptions exist and new listeners accept.
         """
         async with self._reloading:
-            new = await asyncio.to_thread(self._load)
+            try:
+                new = await asyncio.to_thread(self._load)
+            except ConfigError:
+                self.listeners.renew_certificates()  # where a certificate is the reason, its listener shows the alarm
+                raise
             old = self.settings
             for key in RESTART_ONLY:
                 section, name = key.split(".")

@@ -1,7 +1,7 @@
 cimport cython
 from broker.engine.core cimport Core, Limits
 from broker.engine.message cimport Message
-from broker.engine.outbox cimport Flusher, Outbox
+from broker.engine.outbox cimport Flag, Flusher, Outbox
 from broker.engine.receiver cimport Hold, Receiver, Target
 from broker.engine.router cimport Entry, Route, Router
 from broker.engine.session cimport Session
@@ -10,47 +10,47 @@ ctypedef const unsigned char* Bytes
 
 
 @cython.final
-cdef class Channel:
+@cython.no_gc  # `_end` breaks the cycles with the session and the transport
+cdef class Channel(Outbox):
     cdef public object engine
     cdef public Core core
     cdef public Router router
-    cdef public object link
     cdef public object listener
     cdef public str peer
     cdef public dict identity
-    cdef public Outbox outbox
     cdef public Session session
     cdef public object principal
     cdef public object origin
     cdef public object connect
-    cdef public int state
-    cdef public int version
-    cdef public bint v5
-    cdef public bint parsing
-    cdef public bint suspended
-    cdef public bint paused
-    cdef public list pieces
-    cdef public Py_ssize_t have
-    cdef public Py_ssize_t need
+    cdef public unsigned char state
+    cdef public unsigned char version
+    cdef public Flag v5
+    cdef public Flag parsing
+    cdef public Flag suspended
+    cdef public Flag paused
+    cdef public Flag problem_information
+    cdef public Flag graceful
+    cdef public Flag bridge
+    cdef public unsigned short receive_maximum
+    cdef public unsigned short alias_maximum
+    cdef public int bucket
+    cdef public int unanswered
+    cdef public int unreleased
+    cdef public int have
+    cdef public int need
+    cdef public int max_packet
+    cdef public float keep_alive
     cdef public double last_read
     cdef public double deadline
-    cdef public double keep_alive
-    cdef public Py_ssize_t max_packet
-    cdef public int receive_maximum
-    cdef public int alias_maximum
+    cdef public list pieces
     cdef public dict aliases
     cdef public bytearray acks
     cdef public object held
     cdef public bytes memo
     cdef public Entry memo_entry
-    cdef public bint problem_information
-    cdef public bint graceful
-    cdef public bint bridge
-    cdef public long long bucket
-    cdef public int unanswered
-    cdef public int unreleased
-    cdef object __weakref__
 
+    cpdef eof_received(self)
+    cpdef connection_lost(self, object error)
     cpdef feed(self, bytes data)
     cpdef _guard(self, bytes data)
     @cython.locals(p=Bytes, n=Py_ssize_t, i=Py_ssize_t, end=Py_ssize_t, at=Py_ssize_t, size=Py_ssize_t, shift=int, byte=int, first=int, kind=int, v5=bint, session=Session, route=Route, run_route=Route, run_start=Py_ssize_t, run_end=Py_ssize_t, run_count=Py_ssize_t, largest=Py_ssize_t, topic_at=Py_ssize_t, topic_end=Py_ssize_t, length=Py_ssize_t, entry=Entry, ident=int, said=int)

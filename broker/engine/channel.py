@@ -9,6 +9,7 @@ No sockets: `link` is anything with a transport's methods.
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from broker.engine import topics
@@ -49,20 +50,19 @@ RIGHTS_BYTES = 16 << 20
 """Bytes of topics it may hold."""
 
 
-class Channel:
-    """The protocol state of one connection."""
+class Channel(Outbox):
+    """The protocol state of one connection: an outbox, and the protocol of its transport from the first read on."""
 
     def __init__(
         self, engine: Any, core: Core, router: Router, link: Any, listener: ListenerInfo, peer: str, accepted_at: float
     ) -> None:
+        super().__init__(link, core.flusher)
         self.engine = engine
         self.core = core
         self.router = router
-        self.link = link
         self.listener = listener
         self.peer = peer
         self.identity: dict[str, str] | None = None
-        self.outbox = Outbox(link, core.flusher, max(1 << 20, 4 * core.limits.max_packet_size))
         self.session: Session | None = None
         self.principal: Any = None
         self.origin: Any = None
@@ -104,6 +104,25 @@ class Channel:
         host, colon, _ = self.peer.rpartition(":")
         return host if colon else self.peer
 
+    # what the transport calls ---------------------------------------------------------------------------------
+
+    @property
+    def data_received(self) -> Callable[[bytes], None]:
+        """The channel itself, which can be called: a bound method would cost each connection 64 bytes more."""
+        return self
+
+    def __call__(self, data: bytes) -> None:
+        self.feed(data)
+
+    def eof_received(self) -> None:
+        """The peer sends nothing more: it gets what has been said, and that is the end."""
+        self._end()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection is gone."""
+        self.lost(error)
+        self.listener.on_lost()
+
     # bytes in -------------------------------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
@@ -133,7 +152,7 @@ class Channel:
             return
         self.last_read = self.core.now
         self._guard(data)
-        self.core.flusher.after_read()
+        self.flusher.after_read()
 
     def _guard(self, data: bytes) -> None:
         self.parsing = True
@@ -312,7 +331,7 @@ class Channel:
                 self.link.pause_reading()
         if self.acks:
             self._flush_acks()
-        if self.outbox.congested and self.outbox.size > self.outbox.limit and not self.paused and self.link is not None:
+        if self.congested and self.size > self.flusher.limit and not self.paused and self.link is not None:
             self.paused = True
             self.link.pause_reading()
 
@@ -333,7 +352,7 @@ class Channel:
         if self.paused and not self.suspended:
             self.paused = False
             self.link.resume_reading()
-        self.core.flusher.after_read()
+        self.flusher.after_read()
 
     def _make_origin(self) -> None:
         """Made with the first message: a client that only subscribes needs none."""
@@ -650,14 +669,14 @@ class Channel:
             self.held = None
             self.engine.holding.discard(self)
         if out:
-            self.outbox.push(b"".join(out))
+            self.push(b"".join(out))
         if self.suspended and (self.held is None or len(self.held) < self.core.limits.receive_maximum):
             self.resume_parse()
 
     def _flush_acks(self) -> None:
         acks = self.acks
         if acks:
-            self.outbox.push(bytes(acks))
+            self.push(bytes(acks))
             self.acks = None
         if self.held is None:
             self.unanswered = 0
@@ -713,19 +732,19 @@ class Channel:
         if kind == 12:
             if body:
                 raise ProtocolError(0x81, "a PINGREQ with a body")
-            self.outbox.push(b"\xd0\x00")  # [MQTT-3.12.4-1]
+            self.push(b"\xd0\x00")  # [MQTT-3.12.4-1]
         elif kind == 8:
             subscribe = packets.decode_subscribe(body, self.version, limits.strict, limits.max_user_properties)
             self._flush_acks()
             codes, retained = self.engine.subscribe(self, session, subscribe)
-            self.outbox.push(packets.encode_suback(subscribe.packet_id, self.version, codes))  # [MQTT-3.8.4-1]
+            self.push(packets.encode_suback(subscribe.packet_id, self.version, codes))  # [MQTT-3.8.4-1]
             if retained:
                 session.retained = deque(retained) if session.retained is None else session.retained + deque(retained)
                 session.drain()
         elif kind == 10:
             unsubscribe = packets.decode_unsubscribe(body, self.version, limits.strict, limits.max_user_properties)
             codes = self.engine.unsubscribe(session, unsubscribe.filters)
-            self.outbox.push(packets.encode_unsuback(unsubscribe.packet_id, self.version, codes))  # [MQTT-3.10.4-4]
+            self.push(packets.encode_unsuback(unsubscribe.packet_id, self.version, codes))  # [MQTT-3.10.4-4]
         elif 4 <= kind <= 7:
             ack = packets.decode_ack(body, self.version, kind, limits.strict)
             if kind == 6:
@@ -803,7 +822,7 @@ class Channel:
         if self.state == CLOSED or self.state == LIVE:
             return
         self.core.count("connect_refused")
-        self.outbox.push(packets.encode_connack(self.version, False, code if self.v5 else connack_v3(code)))
+        self.push(packets.encode_connack(self.version, False, code if self.v5 else connack_v3(code)))
         self._end(True)
 
     def refuse_late(self) -> None:
@@ -833,9 +852,9 @@ class Channel:
         if self.state == NEW or self.state == AUTHENTICATING:
             version = error.version if self.connect is None else self.version
             if version == 5:
-                self.outbox.push(packets.encode_connack(5, False, error.code))
+                self.push(packets.encode_connack(5, False, error.code))
             elif error.code == 0x84:
-                self.outbox.push(packets.encode_connack(version, False, 1))  # [MQTT-3.1.2-2]
+                self.push(packets.encode_connack(version, False, 1))  # [MQTT-3.1.2-2]
             self._end(version == 5)
         else:
             self.disconnect(error.code)
@@ -846,7 +865,7 @@ class Channel:
             return
         if self.v5 and self.state == LIVE:
             self._flush_acks()
-            self.outbox.push(packets.encode_disconnect(5, code))  # [MQTT-4.13.1-1]
+            self.push(packets.encode_disconnect(5, code))  # [MQTT-4.13.1-1]
             self._end(True)
             return
         self._end()
@@ -864,7 +883,7 @@ class Channel:
         if self.state == CLOSED:
             return
         self._flush_acks()
-        self.outbox.flush()
+        self.flush()
         state = self.state
         self.state = CLOSED
         link = self.link
@@ -873,7 +892,7 @@ class Channel:
         except Exception:
             log.exception("internal error after the connection of client %r from %s ended", self.client_id, self.peer)
             self.core.count("internal_error")
-        self.outbox.close()
+        self.drop_unsent()
         self.link = None
         self.pieces = None
         self.memo_entry = None
@@ -884,19 +903,18 @@ class Channel:
             self.held = None
         if link is None:
             return
-        if last_word and not self.paused and not self.outbox.congested and self.engine.half_close(link):
+        if last_word and not self.paused and not self.congested and self.engine.half_close(link):
             return
-        link.close()
+        self.engine.close(link)
 
     def lost(self, error: Exception | None = None) -> None:
         """The connection is gone."""
         self.link = None
-        self.outbox.link = None
         self._end()
 
     def pause_writing(self) -> None:
         """The transport has enough for now."""
-        self.outbox.congested = True
+        self.congested = True
         self.core.stalled.add(self)
         self.deadline = self.core.now + self.core.limits.stall_timeout
 
@@ -905,10 +923,11 @@ class Channel:
         self.core.stalled.discard(self)
         if self.state == CLOSED:
             return
-        self.outbox.resume()
-        if self.session is not None and not self.outbox.congested:
+        self.congested = False
+        self.flush()
+        if self.session is not None and not self.congested:
             self.session.drain()
-        if self.paused and not self.suspended and not self.outbox.congested:
+        if self.paused and not self.suspended and not self.congested:
             self.paused = False
             self.link.resume_reading()
 

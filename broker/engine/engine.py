@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 LAST_WORD = 0.5
 """Seconds a peer has to read the reason of its disconnection before the socket is closed."""
+LINGER = 4.0
+"""Seconds a closed connection has to send what is left before it is cut."""
 RESERVED = "isthmus/"
 """Client ids of workers; nobody else may use them."""
 
@@ -75,6 +77,8 @@ class Engine:
         self._orphans: set[str] = set()
         """Instances removed from the configuration whose queues are still here."""
         self._half_closed: deque[tuple[float, Any]] = deque()
+        self._lingering: deque[tuple[float, Any]] = deque()
+        """Closed links that still had something to send, and when they are cut."""
         self._next_sweep = now + 60.0
         self.on_connected: Callable[[Channel], None] | None = None
         self.on_disconnected: Callable[[Channel], None] | None = None
@@ -83,6 +87,7 @@ class Engine:
     def configure(self, limits: Limits) -> None:
         """Put new limits in force; connections keep what they were told at CONNECT."""
         self.core.limits = limits
+        self.core.flusher.limit = max(1 << 20, 4 * limits.max_packet_size)
         self.router.cache_bytes = limits.route_cache_bytes
         self.retained_store.max_messages = limits.max_retained_messages
         self.retained_store.max_bytes = limits.max_retained_bytes
@@ -209,7 +214,7 @@ class Engine:
         else:
             self.wheel.remove(channel)
         answer = self._connack_properties(channel, connect, client_id if assigned else None, wanted, expiry, server_keep_alive)
-        session.attach(channel, channel.outbox, v5)
+        session.attach(channel, v5)
         connack = packets.encode_connack(channel.version, present, 0, answer)
         if len(connack) > session.max_packet:  # [MQTT-3.1.2-24]
             self.report(
@@ -218,7 +223,7 @@ class Engine:
             )
             channel._abort("packet_limit")
             return
-        channel.outbox.push(connack)  # [MQTT-3.2.2-2]
+        channel.push(connack)  # [MQTT-3.2.2-2]
         session.resume()
         if self.on_connected is not None:
             self.on_connected(channel)
@@ -300,6 +305,19 @@ class Engine:
             return False
         self._half_closed.append((self.core.now + LAST_WORD, link))
         return True
+
+    def close(self, link: Any) -> None:
+        """Close a connection; one that cannot send what is left, because the peer does not read, is cut in a while."""
+        link.close()
+        if link.get_write_buffer_size() > 0:
+            self._lingering.append((self.core.now + LINGER, link))
+
+    def links(self) -> list[Any]:
+        """Every link that may still be open: of sessions, before login, and closed with something left to send."""
+        channels = [s.channel for s in self.sessions.values() if s.channel is not None]
+        channels.extend(self.wheel.channels())
+        links = [channel.link for channel in channels if channel.link is not None]
+        return links + [link for _, link in (*self._half_closed, *self._lingering)]
 
     def _timer(self, session: Session, name: str, when: float, action: Callable[[], None]) -> None:
         if session.timers is None:
@@ -628,7 +646,9 @@ class Engine:
             except Exception as error:
                 self._failed(error)
         while self._half_closed and self._half_closed[0][0] <= now:
-            self._half_closed.popleft()[1].close()
+            self.close(self._half_closed.popleft()[1])
+        while self._lingering and self._lingering[0][0] <= now:
+            self._lingering.popleft()[1].abort()
         for channel in list(core.stalled):
             if channel.deadline <= now:
                 core.count("stalled")

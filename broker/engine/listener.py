@@ -1,13 +1,29 @@
 """What the engine knows of the listener a connection came through."""
 
+from collections.abc import Callable
 from typing import Any
 
 
-class ListenerInfo:
-    """`auth` names the backends that decide here (None: all); `privileged` marks the internal listener of workers."""
+def _uncounted() -> None:
+    """Nobody counts the connections."""
 
-    __slots__ = ("attributes", "auth", "bridge_bit", "connections", "kind", "max_connections", "max_packet_size", "name",
-                 "privileged")
+
+class ListenerInfo:
+    """`auth` names the backends that decide here (None: all); `privileged` marks the internal listener of workers.
+    `on_lost` is called when one of its connections is gone."""
+
+    __slots__ = (
+        "attributes",
+        "auth",
+        "bridge_bit",
+        "connections",
+        "kind",
+        "max_connections",
+        "max_packet_size",
+        "name",
+        "on_lost",
+        "privileged",
+    )
 
     def __init__(
         self,
@@ -30,3 +46,4 @@ class ListenerInfo:
         self.bridge_bit = bridge_bit
         self.attributes = attributes or {}
         self.connections = 0
+        self.on_lost: Callable[[], None] = _uncounted

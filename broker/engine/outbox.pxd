@@ -1,11 +1,14 @@
 cimport cython
 
+ctypedef unsigned char Flag  # a truth value in one byte: there is one of these objects per connection
+
 
 cdef class Flusher:
     cdef public object call_soon
     cdef public list dirty
     cdef public int reads
     cdef public bint scheduled
+    cdef public Py_ssize_t limit
 
     @cython.locals(b=Outbox)
     cpdef void add(self, Outbox box) noexcept
@@ -14,17 +17,14 @@ cdef class Flusher:
     cpdef void flush(self)
 
 
-@cython.final
-@cython.no_gc  # `close` breaks the cycle with the transport
+@cython.no_gc  # `drop_unsent` breaks the cycle with the transport
 cdef class Outbox:
     cdef public object link
     cdef public Flusher flusher
-    cdef public Py_ssize_t limit
     cdef public Py_ssize_t size
     cdef public bytes first
     cdef public list more
-    cdef public bint congested
-    cdef public Py_ssize_t dropped
+    cdef public Flag congested
 
     cpdef void push(self, bytes data)
     @cython.locals(more=list)
@@ -32,5 +32,4 @@ cdef class Outbox:
     cpdef bint offer(self, bytes data)
     @cython.locals(more=list)
     cpdef void flush(self)
-    cpdef void resume(self)
-    cpdef void close(self)
+    cpdef void drop_unsent(self)

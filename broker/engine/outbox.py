@@ -21,6 +21,8 @@ class Flusher:
         self.dirty: list[Any] = []
         self.reads = 0
         self.scheduled = False
+        self.limit = 1 << 20
+        """QoS 0 bytes a congested outbox may hold."""
 
     def add(self, box: Any) -> None:
         """Note an outbox that has just got its first unsent byte."""
@@ -53,15 +55,13 @@ class Flusher:
 class Outbox:
     """Unsent bytes of one connection. `link` is anything with a transport's `write`."""
 
-    def __init__(self, link: Any, flusher: Flusher, limit: int) -> None:
+    def __init__(self, link: Any, flusher: Flusher) -> None:
         self.link = link
         self.flusher = flusher
-        self.limit = limit
         self.size = 0
         self.first: bytes | None = None
         self.more: list[bytes] | None = None
         self.congested = False
-        self.dropped = 0
 
     def push(self, data: bytes) -> None:
         """Append bytes that must be sent."""
@@ -97,7 +97,7 @@ class Outbox:
 
     def offer(self, data: bytes) -> bool:
         """Append QoS 0 bytes unless the receiver is slow and has too much waiting; False when dropped."""
-        if self.congested and self.size + len(data) > self.limit:
+        if self.congested and self.size + len(data) > self.flusher.limit:
             return False
         self.push(data)
         return True
@@ -114,12 +114,7 @@ class Outbox:
         if self.link is not None:
             self.link.write(data)
 
-    def resume(self) -> None:
-        """The transport takes bytes again."""
-        self.congested = False
-        self.flush()
-
-    def close(self) -> None:
+    def drop_unsent(self) -> None:
         """Forget the transport and what waits."""
         self.link = None
         self.first = None

@@ -1,6 +1,6 @@
 cimport cython
 from broker.engine.message cimport Message
-from broker.engine.outbox cimport Outbox
+from broker.engine.outbox cimport Flag, Outbox
 
 
 cdef class Hold:
@@ -10,16 +10,16 @@ cdef class Hold:
     cdef public bint done
 
 
+@cython.no_gc  # `end_session` breaks the cycles of a session
 cdef class Receiver:
     cdef public str client_id
     cdef public Outbox outbox
-    cdef public bint v5
-    cdef public bint special
-    cdef public bint durable
-    cdef public Py_ssize_t max_packet
+    cdef public Flag v5
+    cdef public Flag special
+    cdef public Flag durable
+    cdef public unsigned int max_packet
     cdef public object origin
     cdef public object principal
-    cdef object __weakref__
 
     cpdef int deliver(self, Message message, Target target, Hold hold) except -1
     cpdef int refuses(self, Py_ssize_t size) except -1
@@ -30,9 +30,9 @@ cdef class Receiver:
 cdef class Subscription:
     cdef public Receiver receiver
     cdef public bytes filter
-    cdef public int qos
-    cdef public bint no_local
-    cdef public bint rap
+    cdef public Flag no_local
+    cdef public Flag rap
+    cdef public unsigned char qos
     cdef public int ident
     cdef public object group
 

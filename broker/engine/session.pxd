@@ -2,14 +2,14 @@ cimport cython
 from broker.engine.core cimport Core
 from broker.engine.inflight cimport Inflight
 from broker.engine.message cimport Message, encode_head
-from broker.engine.outbox cimport Outbox
+from broker.engine.outbox cimport Flag, Outbox
 from broker.engine.receiver cimport Hold, Receiver, Subscription, Target
 
 
+@cython.no_gc
 cdef class Session(Receiver):
     cdef public Core core
     cdef public object owner
-    cdef public object channel
     cdef public list subscriptions
     cdef public Inflight inflight
     cdef public object queue
@@ -17,15 +17,15 @@ cdef class Session(Receiver):
     cdef public int window
     cdef public bytearray received
     cdef public int received_count
-    cdef public bint persistent
+    cdef public Flag persistent
+    cdef public Flag encoded5
+    cdef public unsigned short alias_maximum
     cdef public double expiry
     cdef public double ends_at
     cdef public dict rights
-    cdef public Py_ssize_t rights_bytes
+    cdef public int rights_bytes
     cdef public object resend
-    cdef public int alias_maximum
     cdef public dict aliases
-    cdef public bint encoded5
     cdef public object spec
     cdef public list blocked
     cdef public object retained
@@ -45,7 +45,7 @@ cdef class Session(Receiver):
     cpdef int _send(self, Outbox box, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
     cpdef int _enqueue(self, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
     cpdef drain(self)
-    cpdef _send_retained(self, Outbox box)
+    cpdef _send_retained(self, object box)
     @cython.locals(inflight=Inflight, ident=int)
     cpdef _send_again(self, Outbox box)
     @cython.locals(inflight=Inflight, state=int)

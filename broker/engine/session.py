@@ -30,7 +30,6 @@ class Session(Receiver):
         self.client_id = client_id
         self.core = core
         self.owner: str | None = None
-        self.channel: Any = None
         self.subscriptions: list[Subscription] | None = None
         self.inflight: Inflight | None = None
         self.queue: Any = None
@@ -246,10 +245,10 @@ class Session(Receiver):
         for channel in waiting or ():
             channel.resume_parse()
 
-    def _send_retained(self, box: Outbox) -> None:
+    def _send_retained(self, box: Any) -> None:
         """Retained messages of new subscriptions, at the pace the client takes them."""
         retained = self.retained
-        store = self.channel.engine.retained_store
+        store = box.engine.retained_store
         while retained and not box.congested:
             if self.inflight is not None and self.inflight.count >= self.window:
                 return
@@ -388,10 +387,14 @@ class Session(Receiver):
 
     # connections ----------------------------------------------------------------------------------------------
 
-    def attach(self, channel: Any, outbox: Outbox, v5: bool) -> None:
+    @property
+    def channel(self) -> Any:
+        """The connection, which is also the outbox; None while there is none."""
+        return self.outbox
+
+    def attach(self, channel: Any, v5: bool) -> None:
         """A connection takes the session over."""
-        self.channel = channel
-        self.outbox = outbox
+        self.outbox = channel
         self.v5 = v5
         self.aliases = None
 
@@ -403,7 +406,6 @@ class Session(Receiver):
 
     def detach(self) -> None:
         """The connection is gone."""
-        self.channel = None
         self.outbox = None
         self.aliases = None
         self.resend = None

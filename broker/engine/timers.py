@@ -4,7 +4,6 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
-
 BUCKETS_PER_SECOND = 4
 """As fine as the engine's tick: a deadline is noticed at most half a second late."""
 
@@ -37,6 +36,10 @@ class Wheel:
             if not held:
                 del self.buckets[channel.bucket]
         channel.bucket = -1
+
+    def channels(self) -> list[Any]:
+        """Everybody who is to be looked at."""
+        return [channel for held in self.buckets.values() for channel in held]
 
     def due(self, now: float) -> list[Any]:
         """Take out every channel whose time has come."""

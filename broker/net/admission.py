@@ -33,9 +33,9 @@ class Admission:
         self.shared = shared
         self.engine = shared.engine
         self.loop = shared.loop
-        self.live = shared.live
         self.report = shared.report
         self.info = ListenerInfo(name, privileged=privileged)
+        self.info.on_lost = self.lost
         self.config: ListenerConfig = ListenerConfig()
         self.context: ssl.SSLContext | None = None
         self.refused: dict[str, int] = {}
@@ -69,9 +69,13 @@ class Admission:
         """For uvloop's server, which accepts by itself: a connection too many is closed as soon as it is made."""
         connection = Connection(self, self.loop.time(), "")
         connection.doomed = self._full()
-        self.info.connections += 1
-        self.accepted += 1
+        self._count_in()
         return connection
+
+    def _count_in(self) -> None:
+        self.info.connections += 1
+        self.shared.connections += 1
+        self.accepted += 1
 
     def _full(self) -> bool:
         """Whether a further connection is closed at once; the first ones too many are refused with a reason code."""
@@ -90,8 +94,7 @@ class Admission:
         if self._full():
             sock.close()
             return False
-        self.info.connections += 1
-        self.accepted += 1
+        self._count_in()
         return True
 
     def _take_plain(self, sock: socket.socket, address: Any, now: float) -> None:
@@ -152,10 +155,10 @@ class Admission:
         sock.setblocking(False)
         since = self.loop.time()
         peer = f"unix:{binding.peer_uid(sock)}" if sock.family == socket.AF_UNIX else peer_of(sock.getpeername())
-        self.info.connections += 1
-        self.accepted += 1
-        _, protocol = await self.loop.connect_accepted_socket(partial(Connection, self, since, peer), sock)
+        self._count_in()
+        transport, _ = await self.loop.connect_accepted_socket(partial(Connection, self, since, peer), sock)
         if data:
+            protocol: Any = transport.get_protocol()
             protocol.data_received(data)
 
     # what connections call ------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ class Admission:
         info = self.info
         if info.max_connections and info.connections > info.max_connections:
             self._report_full()
-            return Refusal(self.loop, link)
+            return Refusal(self.shared, link, self.lost)
         return self.engine.open_channel(link, info, peer, accepted_at=since)
 
     def identity_of(self, transport: Any, peer: str) -> dict[str, str] | None:
@@ -187,15 +190,14 @@ class Admission:
             return True
         return len(origins) == 1 and origins[0].lower() in {origin.lower() for origin in config.origins}
 
-    def lost(self, connection: Any) -> None:
+    def lost(self) -> None:
         """A connection that had been made is gone."""
         self.info.connections -= 1
-        if connection is not None:
-            self.live.discard(connection)
+        self.shared.left()
 
     def released(self, reason: str) -> None:
         """A socket that never became a connection is gone."""
-        self.info.connections -= 1
+        self.lost()
         self._count(reason)
 
     def _count(self, reason: str) -> None:

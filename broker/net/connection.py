@@ -1,9 +1,8 @@
-"""A byte-stream connection: TCP, TLS or a Unix socket. It only forwards; the protocol is the channel's."""
+"""A byte-stream connection until its first read: TCP, TLS or a Unix socket. Then the channel is the protocol."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,22 +29,18 @@ def peer_of(address: Any) -> str:
 
 
 class Connection(asyncio.Protocol):
-    """The transport is handed to the engine as it is, and after the first read calls `channel.feed` without us."""
+    """Opens the channel and judges the first read; a connection with a channel in charge needs nothing of ours."""
 
-    __slots__ = ("channel", "data_received", "doomed", "listener", "peer", "since", "transport")
-
-    channel: Any
-    data_received: Callable[[bytes], None]  # type: ignore[assignment]  # a slot, so that it can become the channel's
-    transport: Any
+    __slots__ = ("channel", "doomed", "listener", "peer", "since", "transport")
 
     def __init__(self, listener: Admission, since: float, peer: str) -> None:
         """`since` is when the kernel gave us the connection; an empty `peer` is asked of the transport."""
         self.listener = listener
         self.since = since
         self.peer = peer
-        self.channel = None
+        self.channel: Any = None
+        self.transport: Any = None
         self.doomed = False
-        self.data_received = self._on_first_read
 
     def connection_made(self, transport: Any) -> None:
         """Open the channel; its deadline counts from the accept. A connection doomed from the start is one too many."""
@@ -64,20 +59,20 @@ class Connection(asyncio.Protocol):
         if identity:
             channel.identity = identity
         self.channel = channel
-        self.since = 0.0
-        listener.live.add(self)
 
-    def _on_first_read(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
+        """The first bytes: hand the connection over, unless they cannot be MQTT."""
         channel = self.channel
+        if channel is None:
+            return
         speech = foreign_speech(data, self.listener.secure)
         if speech is not None:
             name = self.listener.name
             self.listener.report("not_mqtt", f"{self.peer} {speech}, listener {name!r}; closed")
             self.transport.abort()
             return
-        self.data_received = channel.feed
-        self.transport.set_protocol(self)  # uvloop keeps the bound method: from here it calls the channel itself
-        channel.feed(data)
+        self.transport.set_protocol(channel)
+        channel.data_received(data)
 
     def pause_writing(self) -> None:
         """The transport holds more than the peer takes."""
@@ -90,14 +85,9 @@ class Connection(asyncio.Protocol):
             self.channel.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
+        """The connection is gone before it said anything."""
         channel = self.channel
-        self.listener.lost(self)
-        self.data_received = _nothing
         self.channel = None
         if channel is not None:
             channel.lost(exc)
-
-
-def _nothing(data: bytes) -> None:
-    """Bytes after the end are dropped."""
+        self.listener.lost()

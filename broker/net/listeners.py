@@ -46,8 +46,8 @@ class Listeners:
 
     @property
     def connections(self) -> int:
-        """Connections of all listeners that have got past their hand-shakes."""
-        return self._shared.live.count
+        """Connections of all listeners, those that were closed meanwhile included."""
+        return self._shared.connections
 
     async def open(self, name: str, config: ListenerConfig) -> Listener:
         """Open one more listener. ListenError names the address or file and the system's reason."""
@@ -165,16 +165,17 @@ class Listeners:
             self._internal = None
         if self._timer is not None:
             self._timer.cancel()
-        live = self._shared.live
-        await live.wait_empty(within)
-        for connection in live:
-            connection.transport.abort()
-        for task in tuple(self._shared.tasks):
+        shared = self._shared
+        for transport in tuple(shared.strangers):
+            transport.abort()
+        for task in tuple(shared.tasks):
             task.cancel()
-        if self._shared.tasks:
-            await asyncio.wait(tuple(self._shared.tasks), timeout=1.0)
+        if shared.tasks:
+            await asyncio.wait(tuple(shared.tasks), timeout=1.0)
+        await shared.wait_empty(within)
+        for link in shared.engine.links():
+            link.abort()
         await asyncio.sleep(0)
-        live.stop()
 
     def _watch(self) -> None:
         if self._timer is None and any(listener.secure for listener in self._open.values()):

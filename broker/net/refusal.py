@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from broker.mqtt.packets import encode_connack
+from broker.net.shared import Shared
 
 PATIENCE = 5.0
 """Seconds such a client has for its CONNECT."""
@@ -17,12 +18,16 @@ SERVER_UNAVAILABLE = 3
 class Refusal:
     """Stands where the engine's channel would: reads only as far as the protocol level, answers, closes."""
 
-    __slots__ = ("_head", "_link", "_timer", "identity")
+    __slots__ = ("_head", "_link", "_on_lost", "_stranger", "_strangers", "_timer", "identity")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, link: Any) -> None:
+    def __init__(self, shared: Shared, link: Any, on_lost: Callable[[], None]) -> None:
         self._link = link
+        self._stranger = link
+        self._strangers = shared.strangers
+        self._strangers.add(link)
+        self._on_lost = on_lost
         self._head = b""
-        self._timer = loop.call_later(PATIENCE, link.abort)
+        self._timer = shared.loop.call_later(PATIENCE, link.abort)
         self.identity: dict[str, str] | None = None
 
     def feed(self, data: bytes) -> None:
@@ -43,6 +48,17 @@ class Refusal:
         """The connection is gone."""
         self._timer.cancel()
         self._link = None
+        self._strangers.discard(self._stranger)
+
+    data_received = feed
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """What a transport calls in the place of `lost`."""
+        self.lost(error)
+        self._on_lost()
+
+    def eof_received(self) -> None:
+        """The transport closes by itself."""
 
     def pause_writing(self) -> None:
         """There is nothing more to write."""

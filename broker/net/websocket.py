@@ -48,7 +48,7 @@ _SCRATCH = bytearray(16 * 1024)
 class WebSocketLink(WSListener):
     """A WebSocket as the engine's `link`: every `write` is one binary frame. Forwards payloads to the channel."""
 
-    __slots__ = ("channel", "doomed", "failed", "listener", "partial", "peer", "protocol", "socket", "transport")
+    __slots__ = ("channel", "failed", "listener", "partial", "peer", "protocol", "socket", "transport")
 
     def __init__(self, listener: Admission, protocol: WebSocketProtocol) -> None:
         self.listener = listener
@@ -59,7 +59,6 @@ class WebSocketLink(WSListener):
         self.channel: Any = None
         self.partial = False
         self.failed = False
-        self.doomed = False
 
     # what the engine calls ------------------------------------------------------------------------------------
 
@@ -174,7 +173,7 @@ class WebSocketLink(WSListener):
 class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
     """One WebSocket from accept on: bounds the upgrade in time and size, and what may arrive before login."""
 
-    __slots__ = ("_early", "_room", "_source", "_timer", "doomed", "link", "owner", "peer", "since")
+    __slots__ = ("_early", "_room", "_source", "_timer", "link", "owner", "peer", "since")
 
     def __init__(self, owner: Admission, since: float, peer: str) -> None:
         super().__init__(
@@ -198,7 +197,6 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
         self.since = since
         self.peer = peer
         self.link: WebSocketLink | None = None
-        self.doomed = False
         self._room = LONGEST_REQUEST
         self._early = True
         self._source: Any = None
@@ -207,6 +205,7 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
     def connection_made(self, transport: Any) -> None:
         """The bytes may flow; the deadline counts from the accept, so a TLS hand-shake has used a part of it."""
         self._source = transport
+        self.owner.shared.strangers.add(transport)
         self._timer = self.owner.loop.call_at(self.since + self.owner.connect_timeout, self._late)
         super().connection_made(transport)
 
@@ -243,14 +242,15 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
+        self.owner.shared.strangers.discard(self._source)
         link = self.link
         self.link = None
-        self.owner.lost(link)
         if link is not None:
             channel = link.channel
             link.channel = link.protocol = None
             if channel is not None:
                 channel.lost(exc)
+        self.owner.lost()
 
     def _late(self) -> None:
         self.owner.report("websocket", f"{self.peer} did not finish the WebSocket upgrade in time")
@@ -286,7 +286,7 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
         if self._timer is not None:
             self._timer.cancel()  # from here the channel has the deadline
             self._timer = None
-        self.owner.live.add(link)
+        self.owner.shared.strangers.discard(self._source)
         response = WSUpgradeResponse.create_101_response({"Sec-WebSocket-Protocol": SUBPROTOCOL})  # [MQTT-6.0.0-4]
         return WSUpgradeResponseWithListener(response, link)
 

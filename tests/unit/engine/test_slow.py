@@ -35,7 +35,7 @@ def test_qos_0_is_kept_up_to_the_limit_then_dropped_and_counted(bench: Bench, ve
         p.send(frame)
     assert not s.bytes()
     assert bench.engine.core.dropped == {"slow_receiver": 50}
-    assert s.channel.outbox.size <= 1 << 20
+    assert s.channel.size <= 1 << 20
     s.channel.resume_writing()
     bench.settle()
     assert len(payloads(s)) == fits
@@ -52,7 +52,7 @@ def test_a_run_for_a_slow_receiver_is_dropped_as_a_whole_and_others_get_it(bench
         p.send(publish("t", b"x" * 9000) * 10)
     assert len(payloads(good)) == 130
     assert bench.engine.core.dropped["slow_receiver"] == 20
-    assert slow.channel.outbox.size <= 1 << 20
+    assert slow.channel.size <= 1 << 20
 
 
 def test_qos_1_waits_in_the_queue_while_the_transport_is_full(bench: Bench) -> None:
@@ -62,7 +62,7 @@ def test_qos_1_waits_in_the_queue_while_the_transport_is_full(bench: Bench) -> N
         p.publish("t", b"%d" % i, 1, ident=i + 1)
     assert len(p.take()) == 10
     assert not s.bytes()
-    assert s.channel.outbox.size == 0
+    assert s.channel.size == 0
     assert bench.engine.sessions["s"].queued == 10
     s.channel.resume_writing()
     bench.settle()
@@ -110,11 +110,11 @@ def test_a_client_that_asks_much_and_reads_nothing_is_not_read_either(bench: Ben
         if not s.link.reading:
             break
     assert not s.link.reading
-    assert s.channel.outbox.size < (1 << 20) + 20_000
+    assert s.channel.size < (1 << 20) + 20_000
     s.channel.resume_writing()
     bench.settle()
     assert s.link.reading
-    assert s.channel.outbox.size == 0
+    assert s.channel.size == 0
 
 
 def test_acknowledgements_of_a_slow_receiver_still_count(bench: Bench) -> None:
@@ -138,7 +138,7 @@ def test_r11_one_payload_is_shared_by_all_receivers(bench: Bench) -> None:
     for i in range(300):
         client = bench.client(f"s{i}")
         client.subscribe("t")
-        client.link = client.channel.link = client.channel.outbox.link = Slow()
+        client.link = client.channel.link = Slow()
         client.read = 0
         clients.append(client)
     bench.client("p").publish("t", b"x" * 1024)

@@ -56,8 +56,17 @@ class Channel:
         if self.engine.reply is not None:
             self.link.write(self.engine.reply)
 
+    data_received = feed
+
     def lost(self, exc: Exception | None) -> None:
         self.gone.set_result(exc)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.listener.on_lost()
+        self.lost(exc)
+
+    def eof_received(self) -> None:
+        self.calls.append("eof_received")
 
     def pause_writing(self) -> None:
         self.calls.append("pause_writing")
@@ -90,6 +99,9 @@ class Engine:
         self.channels.append(channel)
         self._opened.set()
         return channel
+
+    def links(self) -> list[Any]:
+        return [channel.link for channel in self.channels if not channel.gone.done()]
 
     def report(self, category: str, text: str) -> None:
         self.reports.append((category, text))

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from broker.engine.engine import Engine as BrokerEngine
+from broker.engine.gate import OpenGate
 from broker.net.connection import foreign_speech, peer_of
-from tests.unit.net.fakes import CONNECT, Channel, Engine, config
+from broker.net.listeners import Listeners
+from tests.unit.net.fakes import CONNECT, Channel, Engine, config, until
 
 
 async def test_every_read_reaches_the_channel_in_order(listeners: Any, engine: Engine, connect: Any) -> None:
@@ -33,7 +36,7 @@ async def test_only_the_first_read_is_judged_then_the_transport_calls_the_channe
     channel = await engine.channel()
     await client.send(CONNECT)
     await channel.until(lambda: bool(channel.reads))
-    assert channel.link.get_protocol().data_received == channel.feed
+    assert channel.link.get_protocol() is channel
     await client.send(b"GET / HTTP/1.1 may well be in the middle of a payload")
     await channel.until(lambda: len(channel.reads) == 2)
     assert engine.reports == []
@@ -104,18 +107,70 @@ async def test_a_slow_reader_is_announced_and_its_recovery_too(  # R-04
     reading.cancel()
 
 
-async def test_r05_a_peer_that_never_reads_is_aborted_within_five_seconds(listeners: Any, engine: Engine) -> None:
+async def test_r05_a_peer_that_never_reads_is_cut_four_seconds_after_the_close(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    engine = BrokerEngine(OpenGate(), loop.call_soon, clock=loop.time, wall_ms=0)
+    listeners = Listeners(engine, tmp_path)
     listener = await listeners.open("tcp", config("tcp"))
     with socket.socket() as peer:
         peer.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(peer, ("127.0.0.1", listener.port))
-        channel = await engine.channel()
-        while "pause_writing" not in channel.calls:
+        await loop.sock_connect(peer, ("127.0.0.1", listener.port))
+        await loop.sock_sendall(peer, CONNECT)
+        await until(lambda: bool(engine.sessions))
+        channel: Any = next(iter(engine.sessions.values())).channel
+        while not channel.congested:
             channel.link.write(bytes(1 << 20))
-        channel.link.close()
-        async with asyncio.timeout(5):
-            await channel.gone
+        channel.disconnect(0x98)
+        closed = loop.time()
+        engine.tick(closed + 3.5, 0)
+        await asyncio.sleep(0.05)
+        assert listener.connections == 1
+        engine.tick(closed + 4.5, 0)
+        await until(lambda: listener.connections == 0)
     assert listeners.connections == 0
+    await listeners.close_all()
+
+
+async def test_r05_a_peer_that_ends_its_side_and_never_reads_is_cut_too(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    engine = BrokerEngine(OpenGate(), loop.call_soon, clock=loop.time, wall_ms=0)
+    listeners = Listeners(engine, tmp_path)
+    listener = await listeners.open("tcp", config("tcp"))
+    with socket.socket() as peer:
+        peer.setblocking(False)
+        await loop.sock_connect(peer, ("127.0.0.1", listener.port))
+        await loop.sock_sendall(peer, CONNECT)
+        await until(lambda: bool(engine.sessions))
+        channel: Any = next(iter(engine.sessions.values())).channel
+        while not channel.congested:
+            channel.link.write(bytes(1 << 20))
+        peer.shutdown(socket.SHUT_WR)
+        await until(lambda: not engine.sessions)
+        engine.tick(loop.time() + 4.5, 0)
+        await until(lambda: listener.connections == 0)
+    await listeners.close_all()
+
+
+async def test_closing_all_cuts_what_has_not_ended_by_then(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    engine = BrokerEngine(OpenGate(), loop.call_soon, clock=loop.time, wall_ms=0)
+    listeners = Listeners(engine, tmp_path)
+    listener = await listeners.open("tcp", config("tcp"))
+    with socket.socket() as silent, socket.socket() as client, socket.socket() as closing:
+        for peer in (silent, client, closing):
+            peer.setblocking(False)
+            await loop.sock_connect(peer, ("127.0.0.1", listener.port))
+        await loop.sock_sendall(client, CONNECT)
+        await until(lambda: len(engine.sessions) == 1)
+        await loop.sock_sendall(closing, CONNECT)
+        await until(lambda: len(engine.sessions) == 2)
+        channel: Any = list(engine.sessions.values())[1].channel
+        while not channel.congested:
+            channel.link.write(bytes(1 << 20))
+        channel.disconnect(0x98)
+        await until(lambda: listeners.connections == 3)
+        await listeners.close_all(within=0.05)
+        await until(lambda: listeners.connections == 0)
 
 
 @pytest.mark.parametrize(
