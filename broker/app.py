@@ -124,7 +124,6 @@ class Broker:
 
     async def stop(self) -> None:
         """Stop accepting, tell clients, let workers finish what is in flight. Bounded by ten seconds."""
-        self.engine.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN - 1):
                 await self.listeners.stop_accepting()

@@ -17,7 +17,7 @@ from broker.engine.core import Core
 from broker.engine.listener import ListenerInfo
 from broker.engine.message import METADATA, Message, Origin
 from broker.engine.outbox import Outbox
-from broker.engine.receiver import DONE, LATER, REFUSED, Hold
+from broker.engine.receiver import DONE, LATER, Hold
 from broker.engine.router import Entry, Route, Router
 from broker.engine.session import ACK_OK, ACK_UNKNOWN, ACK_WRONG, Session
 from broker.mqtt import packets
@@ -161,7 +161,9 @@ class Channel(Outbox):
         except ProtocolError as error:
             self.fail(error)
         except Exception:
-            log.exception("internal error while serving client %r from %s; its connection is closed", self.client_id, self.peer)
+            log.exception(
+                "internal error while serving client %r from %s; its connection is closed", self.client_id, self.peer
+            )
             self.core.count("internal_error")
             self.disconnect(0x83)
         finally:
@@ -245,7 +247,12 @@ class Channel(Outbox):
                     break
                 if length and (not v5 or (topic_end < end and p[topic_end] == 0)):
                     entry = self.memo_entry
-                    if entry is None or length != len(self.memo) or not data.startswith(self.memo, topic_at) or not entry.live:
+                    if (
+                        entry is None
+                        or length != len(self.memo)
+                        or not data.startswith(self.memo, topic_at)
+                        or not entry.live
+                    ):
                         entry = self._entry(p[topic_at:topic_end])
                         self.memo_entry = entry
                         self.memo = entry.topic
@@ -387,9 +394,9 @@ class Channel(Outbox):
         if len(topic) > limits.max_topic_length or topics.levels(topic) > limits.max_topic_levels:
             return Entry(topic, 0x90)
         code = 0
-        if topic[0] == 36 and not self.principal.privileged:
-            code = 0x87
-        elif not self.engine.gate.may_publish(self.principal, topic.decode()):
+        if (topic[0] == 36 and not self.principal.privileged) or not self.engine.gate.may_publish(
+            self.principal, topic.decode()
+        ):
             code = 0x87
         entry = self.router.entry(topic) if code == 0 else Entry(topic, code)
         session.rights_bytes += len(topic)
@@ -874,12 +881,14 @@ class Channel(Outbox):
         """Close without a word."""
         self.core.count(reason)
         if reason == "not_mqtt":
-            self.engine.report("not_mqtt", f"{self.peer} does not speak MQTT on listener {self.listener.name!r}; closed")
+            self.engine.report(
+                "not_mqtt", f"{self.peer} does not speak MQTT on listener {self.listener.name!r}; closed"
+            )
         self._end()
 
     def _end(self, last_word: bool = False) -> None:
-        """`last_word`: something was just said that the peer should get to read. Closing a socket with unread input resets
-        it, and the reset overtakes what was said; so only our half is closed now, the rest a moment later."""
+        """`last_word`: something was just said that the peer should get to read. Closing a socket with unread input
+        resets it, and the reset overtakes what was said; so only our half is closed now, the rest a moment later."""
         if self.state == CLOSED:
             return
         self._flush_acks()

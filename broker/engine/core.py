@@ -44,7 +44,13 @@ class Core:
     """Clock, counters and the flusher of one broker."""
 
     def __init__(
-        self, call_soon: Callable[[Callable[[], None]], Any], now: float, wall_ms: int, node: str, node_id: int, boot: int
+        self,
+        call_soon: Callable[[Callable[[], None]], Any],
+        now: float,
+        wall_ms: int,
+        node: str,
+        node_id: int,
+        boot: int,
     ) -> None:
         self.flusher = Flusher(call_soon)
         self.limits = Limits()

@@ -19,7 +19,7 @@ from broker.engine.listener import ListenerInfo
 from broker.engine.message import Message
 from broker.engine.receiver import DONE, Subscription
 from broker.engine.retained import Retained
-from broker.engine.router import Entry, Route, Router
+from broker.engine.router import Route, Router
 from broker.engine.session import NEVER, Session
 from broker.engine.timers import Timers, Wheel
 from broker.mqtt import packets
@@ -72,7 +72,6 @@ class Engine:
         self.wheel = Wheel(now)
         self.timers = Timers()
         self.connected = 0
-        self.draining = False
         self._takeovers: dict[str, tuple[int, int]] = {}
         self._orphans: set[str] = set()
         """Instances removed from the configuration whose queues are still here."""
@@ -127,7 +126,9 @@ class Engine:
         session = self.sessions.get(client_id)
         if session is not None:
             if session.owner != principal.username and not limits.shared_client_ids and not principal.privileged:
-                self.report("client_id_taken", f"client id {client_id!r} belongs to another user; {channel.peer} refused")
+                self.report(
+                    "client_id_taken", f"client id {client_id!r} belongs to another user; {channel.peer} refused"
+                )
                 channel.refuse(0x85)
                 return
         will = connect.will
@@ -169,10 +170,9 @@ class Engine:
         session.ends_at = 0.0
         keep_alive = connect.keep_alive
         server_keep_alive = None
-        if limits.max_keepalive < 65535 and not principal.privileged:
-            if keep_alive == 0 or keep_alive > limits.max_keepalive:
-                keep_alive = int(limits.max_keepalive)
-                server_keep_alive = keep_alive  # [MQTT-3.2.2-21]
+        longest = 65535 if principal.privileged else limits.max_keepalive
+        if longest < 65535 and (keep_alive == 0 or keep_alive > longest):
+            server_keep_alive = keep_alive = int(longest)  # [MQTT-3.2.2-21]
         channel.keep_alive = keep_alive * 1.5  # [MQTT-3.1.2-22]
         session.window = limits.max_inflight
         session.max_packet = 268_435_460
@@ -213,7 +213,9 @@ class Engine:
             self.wheel.put(channel, core.now + channel.keep_alive)
         else:
             self.wheel.remove(channel)
-        answer = self._connack_properties(channel, connect, client_id if assigned else None, wanted, expiry, server_keep_alive)
+        answer = self._connack_properties(
+            channel, connect, client_id if assigned else None, wanted, expiry, server_keep_alive
+        )
         session.attach(channel, v5)
         connack = packets.encode_connack(channel.version, present, 0, answer)
         if len(connack) > session.max_packet:  # [MQTT-3.1.2-24]
@@ -229,7 +231,13 @@ class Engine:
             self.on_connected(channel)
 
     def _connack_properties(
-        self, channel: Channel, connect: Any, assigned: str | None, wanted: int | None, expiry: float, keep_alive: int | None
+        self,
+        channel: Channel,
+        connect: Any,
+        assigned: str | None,
+        wanted: int | None,
+        expiry: float,
+        keep_alive: int | None,
     ) -> Properties | None:
         if not channel.v5:
             return None
@@ -491,14 +499,23 @@ class Engine:
         return qos, self._retained_for(session, target, qos, (ident,) if ident else None)
 
     def _add_subscription(
-        self, session: Session, filter: bytes, key: tuple[bytes, bytes] | None, qos: int, no_local: bool, rap: bool, ident: int
+        self,
+        session: Session,
+        filter: bytes,
+        key: tuple[bytes, bytes] | None,
+        qos: int,
+        no_local: bool,
+        rap: bool,
+        ident: int,
     ) -> Subscription:
         """Make a subscription effective; `key` is (group, filter) of a shared one."""
         group: ShareGroup | None = None
         if key is not None:
             group = self.groups.get(key)
             if group is None:
-                group = self.groups[key] = ShareGroup(key[0], key[1], self.core.limits.shared_strategy, self._may_receive)
+                group = self.groups[key] = ShareGroup(
+                    key[0], key[1], self.core.limits.shared_strategy, self._may_receive
+                )
                 group.entry = Subscription(session, filter, 0, False, False, 0, group)
                 self.router.add(group.entry)
         subscription = Subscription(session, filter, qos, no_local, rap, ident, group)
@@ -536,10 +553,9 @@ class Engine:
             name = message.topic.decode()
             if principal is not None and not self._may_receive(principal, name):
                 continue
-            source = message.origin.principal if message.origin is not None else None
-            if check_source and source is not None and not source.privileged:
-                if not self.gate.may_publish(source, name):
-                    continue
+            source = message.origin.principal if check_source and message.origin is not None else None
+            if source is not None and not source.privileged and not self.gate.may_publish(source, name):
+                continue
             found.append((message, min(message.qos, qos), idents))
         return found
 

@@ -70,9 +70,10 @@ class ShareGroup:
         name = message.topic.decode()
         for member in self.members:
             receiver = member.receiver
-            if receiver is not but and receiver.outbox is not None:
-                if receiver.principal is None or self.may_receive(receiver.principal, name):
-                    return True
+            if receiver is but or receiver.outbox is None:
+                continue
+            if receiver.principal is None or self.may_receive(receiver.principal, name):
+                return True
         return False
 
     def again(self, message: Message, hold: Hold | None) -> None:
@@ -104,9 +105,9 @@ class Lanes:
         """Give the message to its lane."""
         member = self.pick(message)
         receiver = member.receiver
-        if message.origin is not None and message.origin.instance is not None:
-            if message.origin.instance == receiver.origin:
-                return False
+        instance = message.origin.instance if message.origin is not None else None
+        if instance is not None and instance == receiver.origin:
+            return False
         target = Target(receiver, member.qos, False, member.rap, None)
         return receiver.deliver(message, target, hold) in (DONE, LATER)
 

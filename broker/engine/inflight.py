@@ -1,8 +1,8 @@
 """Messages sent at QoS 1 and 2 and not yet completed: no object per message.
 
-A slot is `packet identifier & mask` in rings that double when full: the state and the identifier's bytes in byte arrays,
-the two shared pieces of the packet in lists. Identifiers are taken in order, so their distance from the next one
-gives the order of sending.
+A slot is `packet identifier & mask` in rings that double when full: the state and the identifier's bytes in byte
+arrays, the two shared pieces of the packet in lists. Identifiers are taken in order, so their distance from the next
+one gives the order of sending.
 """
 
 from typing import Any

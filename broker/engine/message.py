@@ -105,8 +105,8 @@ class Message:
         origin = self.origin
         prefix = origin.prefix() if origin is not None else "{"
         comma = "," if len(prefix) > 1 else ""
-        tail = f'{prefix}{comma}"t":{self.time_ms},"i":"{self.ident}","q":{self.qos},"r":{int(self.retain)},"h":{self.hops}}}'
-        return user_property(METADATA, tail)
+        own = f'"t":{self.time_ms},"i":"{self.ident}","q":{self.qos},"r":{int(self.retain)},"h":{self.hops}'
+        return user_property(METADATA, f"{prefix}{comma}{own}}}")
 
 
 def encode_head(topic: bytes, first: int, rest: int) -> bytes:

@@ -155,10 +155,9 @@ class Session(Receiver):
                     return REFUSED
                 while queue and self.queue_bytes + size > spec.max_bytes:
                     self._discard(queue.popleft(), "queue_full")
-        elif len(queue) >= self.core.limits.max_queued_messages:
-            if not self._make_room(queue, qos):
-                self.core.drop("queue_full")
-                return DONE
+        elif len(queue) >= self.core.limits.max_queued_messages and not self._make_room(queue, qos):
+            self.core.drop("queue_full")
+            return DONE
         if hold is not None:
             hold.count += 1
         queue.append((message, qos, retain, idents, hold, group))

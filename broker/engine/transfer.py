@@ -90,7 +90,9 @@ def _message(message: Message, now: float) -> dict[str, Any]:
         "expires_in": message.expires - now if message.expires else None,
         "ident": message.ident,
         "time_ms": message.time_ms,
-        "origin": (origin.client_id, origin.username, origin.peerhost, origin.instance, origin.node) if origin else None,
+        "origin": (origin.client_id, origin.username, origin.peerhost, origin.instance, origin.node)
+        if origin
+        else None,
     }
 
 
@@ -106,4 +108,3 @@ def _restored(fields: dict[str, Any], now: float) -> Message:
     message.ident = fields["ident"]
     message.time_ms = fields["time_ms"]
     return message
-

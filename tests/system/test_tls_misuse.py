@@ -132,14 +132,13 @@ class OneWay:
                 client.sendall(data)
 
 
-def flood(session: Session, letters: bytes, seconds: float) -> int:
-    """Key updates asked for until then, or until s_client has ended."""
+def flood(session: Session, letter: bytes, seconds: float) -> int:
+    """Key updates asked for until then, or until s_client has ended; to those of `K` it wants the broker's own."""
     end, count = time.monotonic() + seconds, 0
     with contextlib.suppress(OSError):
         while time.monotonic() < end:
-            for letter in letters:
-                session.say(bytes([letter]) + b"\n")
-                count += 1
+            session.say(letter + b"\n")
+            count += 1
     return count
 
 
@@ -160,9 +159,9 @@ async def test_p68_a_tls_1_2_client_with_a_session_cannot_renegotiate(
         canary.conn.abort()
 
 
-@pytest.mark.parametrize("letters", [b"K", b"k", b"Kk"], ids=["answered", "unanswered", "both"])
+@pytest.mark.parametrize("letter", [b"K", b"k"], ids=["answered", "unanswered"])
 async def test_p68_a_flood_of_key_updates_costs_no_memory_and_delays_nobody(
-    tmp_path: Path, certs: servers.Certificates, letters: bytes
+    tmp_path: Path, certs: servers.Certificates, letter: bytes
 ) -> None:
     with (
         broker(tmp_path, {"00-broker.toml": OPEN, "01-tls.toml": SECURE.format(certs)}) as running,
@@ -171,10 +170,10 @@ async def test_p68_a_flood_of_key_updates_costs_no_memory_and_delays_nobody(
     ):
         canary = await Canary.open(resilience.url(running))
         await log_in(session)
-        await asyncio.to_thread(flood, session, letters, 1)  # the buffers of this connection are there
+        await asyncio.to_thread(flood, session, letter, 1)  # the buffers of this connection are there
         before, start, used = rss(running.pid), relay.sent, cpu(running.pid)
         seconds = 3.0
-        _, count = await asyncio.gather(canary.sing(seconds + 0.5), asyncio.to_thread(flood, session, letters, seconds))
+        _, count = await asyncio.gather(canary.sing(seconds + 0.5), asyncio.to_thread(flood, session, letter, seconds))
         sent = (relay.sent - start) // KEY_UPDATE
         growth = rss(running.pid, "VmHWM") - before
         print(
