@@ -124,13 +124,11 @@ class Engine:
             channel.refuse(0x85)
             return
         session = self.sessions.get(client_id)
-        if session is not None:
-            if session.owner != principal.username and not limits.shared_client_ids and not principal.privileged:
-                self.report(
-                    "client_id_taken", f"client id {client_id!r} belongs to another user; {channel.peer} refused"
-                )
-                channel.refuse(0x85)
-                return
+        shared = limits.shared_client_ids or principal.privileged
+        if session is not None and not shared and session.owner != principal.username:
+            self.report("client_id_taken", f"client id {client_id!r} belongs to another user; {channel.peer} refused")
+            channel.refuse(0x85)
+            return
         will = connect.will
         if will is not None and not self._may_will(channel, principal, will):
             return
