@@ -542,7 +542,9 @@ class Engine:
             self._timer(session, "expiry", session.ends_at, lambda: self.end_session(session))
 
     def _retained_for(self, session: Session, filter: bytes, qos: int, idents: Any) -> list[Any]:
-        found = []
+        found: list[Any] = []
+        if not self.retained_store.count:
+            return found
         principal = session.principal
         check_source = self.core.limits.check_retain_source
         for message in self.retained_store.matching(filter, self.core.now):
