@@ -665,8 +665,10 @@ class Engine:
             self.close(self._half_closed.popleft()[1])
         while self._lingering and self._lingering[0][0] <= now:
             self._lingering.popleft()[1].abort()
+        too_much = 2 * core.flusher.limit
         for channel in list(core.stalled):
-            if channel.deadline <= now:
+            # what a transport sends by itself, such as answers to TLS key updates, no outbox counts
+            if channel.deadline <= now or channel.link.get_write_buffer_size() > too_much:
                 core.count("stalled")
                 self.report("stalled", f"client {channel.client_id!r} from {channel.peer} reads nothing; closed")
                 channel.disconnect(0x83)

@@ -263,7 +263,14 @@ def verdict(result: Result) -> tuple[str, str, bool | None]:
         theirs_rate = result.median(result.theirs, "conn_per_s") or 0
         theirs_cpu = result.median(result.theirs, "cpu_us_per_conn") or 0
         text = f"{figure(rate)}/s ({figure(theirs_rate)}), {cpu:.0f} us ({theirs_cpu:.0f})"
-        return text, "<= 2500 B, >= 20 k/s, <= 45 us", ours <= 2500 and rate >= 20_000 and cpu <= 45
+        if not theirs_rate or not theirs_cpu:
+            return text, "<= 2500 B, >= 20 k/s, <= 45 us", ours <= 2500 and rate >= 20_000 and cpu <= 45
+        text = f"{rate / theirs_rate:.2f} x conn/s, {cpu / theirs_cpu:.2f} x CPU: {text}"
+        return (
+            text,
+            "<= 2500 B, >= 2.6 x, <= 1.8 x",
+            ours <= 2500 and rate >= 2.6 * theirs_rate and cpu <= 1.8 * theirs_cpu,
+        )
     if row.kind == "idle-tls":
         return ratio, "<= 32 kB", ours <= 32 * 1024
     base = result.median(result.base)

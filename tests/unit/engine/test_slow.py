@@ -224,3 +224,17 @@ def test_the_route_cache_is_bounded_and_sessions_notice_when_it_starts_anew() ->
         assert bench.engine.router.cached <= 20_000
     assert len(payloads(s)) == 600
     assert len(bench.engine.router.entries) < 60
+
+
+def test_p68_what_a_transport_piles_up_by_itself_ends_the_connection_before_the_stall_timeout() -> None:
+    bench = Bench(stall_timeout=1000)
+    client = bench.client("c")
+    link = Slow()
+    client.link = client.channel.link = link
+    client.channel.pause_writing()
+    bench.pass_time(1)
+    assert not link.closed
+    link.get_write_buffer_size = lambda: 64 << 20  # type: ignore[method-assign]
+    bench.pass_time(1)
+    assert link.closed
+    assert bench.engine.core.events["stalled"] == 1
