@@ -23,7 +23,8 @@ class BrokerConfig(Section):
     data: ConfigPath = "data"  # type: ignore[assignment]
     """Folder of sessions, queues, retained messages, accounts and the control socket."""
     durability: Literal["flush", "interval", "none"] = "flush"
-    """When what must survive counts as written: flush (on disk before the acknowledgement) | interval | none."""
+    """When what must survive counts as written: flush (on disk before the acknowledgement) | interval | none. This
+    release keeps queues in memory whatever it says."""
 
 
 class AccessConfig(Section):
