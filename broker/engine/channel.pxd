@@ -10,7 +10,6 @@ ctypedef const unsigned char* Bytes
 
 
 @cython.final
-@cython.no_gc  # `_end` breaks the cycles with the session and the transport
 cdef class Channel(Outbox):
     cdef public object engine
     cdef public Core core
@@ -28,7 +27,6 @@ cdef class Channel(Outbox):
     cdef public Flag parsing
     cdef public Flag suspended
     cdef public Flag paused
-    cdef public Flag problem_information
     cdef public Flag graceful
     cdef public Flag bridge
     cdef public unsigned short receive_maximum

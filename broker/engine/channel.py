@@ -89,7 +89,6 @@ class Channel(Outbox):
         self.held: Any = None
         self.memo: bytes = b""
         self.memo_entry: Entry | None = None
-        self.problem_information = True
         self.graceful = False
         self.bridge = False
         self.bucket = -1
@@ -788,12 +787,9 @@ class Channel(Outbox):
         if not connect.client_id and (connect.version == 3 or (connect.version == 4 and not connect.clean_start)):
             self.refuse(0x85)  # [MQTT-3.1.3-8]
             return
-        if connect.properties is not None:
-            if connect.properties.authentication_method is not None:
-                self.refuse(0x8C)  # [MQTT-4.12.0-1]
-                return
-            if connect.properties.request_problem_information == 0:
-                self.problem_information = False
+        if connect.properties is not None and connect.properties.authentication_method is not None:
+            self.refuse(0x8C)  # [MQTT-4.12.0-1]
+            return
         will = connect.will
         if will is not None:
             name = will.topic

@@ -586,6 +586,7 @@ class Engine:
             self.groups.pop((group.name, group.filter), None)
             if group.entry is not None:
                 self.router.remove(group.entry)
+                group.entry = None  # or the two keep each other, and the session that founded the group
 
     def unsubscribe(self, session: Session, filters: Iterable[bytes]) -> list[int]:
         """Handle UNSUBSCRIBE: one code per filter. What is in flight finishes, what only queues is dropped."""
@@ -775,6 +776,7 @@ class Engine:
         if session.subscriptions is not None:
             session.subscriptions.remove(subscription)
         self.router.remove(subscription)
+        subscription.group = None  # the lanes and their subscriptions keep each other
 
     def _ensure_session(self, client_id: str, spec: Any, principal: Any, durable: bool) -> Session:
         session = self.sessions.get(client_id)

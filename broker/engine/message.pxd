@@ -15,7 +15,6 @@ cdef class Origin:
 
 @cython.freelist(256)
 @cython.final
-@cython.no_gc
 cdef class Message:
     cdef public bytes topic
     cdef public bytes payload

@@ -17,7 +17,6 @@ cdef class Flusher:
     cpdef void flush(self)
 
 
-@cython.no_gc  # `drop_unsent` breaks the cycle with the transport
 cdef class Outbox:
     cdef public object link
     cdef public Flusher flusher

@@ -10,7 +10,6 @@ cdef class Hold:
     cdef public bint done
 
 
-@cython.no_gc  # `end_session` breaks the cycles of a session
 cdef class Receiver:
     cdef public str client_id
     cdef public Outbox outbox
@@ -26,7 +25,6 @@ cdef class Receiver:
 
 
 @cython.final
-@cython.no_gc  # ends with its session, which breaks the cycle
 cdef class Subscription:
     cdef public Receiver receiver
     cdef public bytes filter

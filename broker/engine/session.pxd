@@ -6,7 +6,6 @@ from broker.engine.outbox cimport Flag, Outbox
 from broker.engine.receiver cimport Hold, Receiver, Subscription, Target
 
 
-@cython.no_gc
 cdef class Session(Receiver):
     cdef public Core core
     cdef public object owner
