@@ -210,13 +210,14 @@ def test_p50_the_cap_on_user_properties_cuts_early(wire: Wire) -> None:
     """15 000 of them cost what 3 300 cost."""
     assert _refused(wire, _many(wire, 65), PUBLISH) == 0x97
     assert _refused(wire, _many(wire, 15_000), PUBLISH) == 0x97
-    assert _calls(wire, _many(wire, 15_000), 64) == _calls(wire, _many(wire, 3_300), 64)
+    more = _calls(wire, _many(wire, 15_000), 64) - _calls(wire, _many(wire, 3_300), 64)
+    assert abs(more) < 500  # 11 700 more would be at least as many calls; somebody's finalizer may run in between
 
 
 def test_p50_the_work_grows_with_the_count_and_not_faster(wire: Wire) -> None:
     counts = [_calls(wire, _many(wire, n), 100_000) for n in (1_000, 2_000, 4_000)]
     for less, more in pairwise(counts):
-        assert more <= 2.01 * less + 10
+        assert more <= 2.01 * less + 100
     best = {}
     for n in (500, 16_000):
         block = _many(wire, n)
