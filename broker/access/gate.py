@@ -51,6 +51,8 @@ class AccessGate:
         self.generation = 0
         self._settings = settings
         self._allow_anonymous = False
+        self._order_empty = False
+        """`[access] order` is written and empty: it refuses every client."""
         self._no_match = 0
         self._instances: dict[str, tuple[Any, Guard]] = {}
         self._order: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ class AccessGate:
         self._order = names
         self._explicit = order is not None or bool(fresh)
         self._allow_anonymous = settings.access.allow_anonymous
+        self._order_empty = order is not None and not order
         self._no_match = int(settings.access.no_match == "allow")
         self._chains.clear()
         self._compiled.clear()
@@ -148,7 +151,7 @@ class AccessGate:
         proved = identity.get("username")
         username = proved or connect.username
         password = connect.password
-        if proved is None and username is None and password is None and self._allow_anonymous:
+        if proved is None and username is None and password is None and self._anonymous_on(listener):
             channel.accept(self._principal(connect.client_id, None, channel, identity))
             self.counters["accepted"] += 1
             return
@@ -168,6 +171,13 @@ class AccessGate:
                 return
         task = asyncio.get_running_loop().create_task(self._decide(channel, client, chain, password))
         self._pending[channel] = task
+
+    def _anonymous_on(self, listener: Any) -> bool:
+        """The listener's own word, else that of `[access]`; an empty list of backends refuses anonymous clients too."""
+        own: bool | None = listener.attributes.get("allow_anonymous")
+        if own is not None:
+            return own
+        return self._allow_anonymous and (not self._order_empty if listener.auth is None else bool(listener.auth))
 
     def cancel(self, channel: Any) -> None:
         """The connection is gone: the answer is no longer wanted, and the call behind it neither."""

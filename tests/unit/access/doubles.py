@@ -74,7 +74,7 @@ class Channel:
     """What the gate sees of a connection."""
 
     def __init__(self, *, auth: tuple[str, ...] | None = None, privileged: bool = False, **identity: str) -> None:
-        self.listener = SimpleNamespace(name="tcp", auth=auth, privileged=privileged)
+        self.listener = SimpleNamespace(name="tcp", auth=auth, privileged=privileged, attributes={})
         self.peer = "127.0.0.1:5000"
         self.peerhost = "127.0.0.1"
         self.identity = identity or None
