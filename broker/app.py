@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import gc
 import logging
 import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,9 @@ from broker.config.settings import Instance, Settings
 from broker.config.template import Template
 from broker.engine.core import Limits
 from broker.engine.engine import Engine
+from broker.engine.journal import Journal
 from broker.engine.message import Message
+from broker.engine.recovery import Recovery
 from broker.extend import registry
 from broker.extend.record import compile_template
 from broker.extend.session import SessionSpec
@@ -35,6 +39,9 @@ from broker.net.errors import ListenError
 from broker.net.listeners import Listeners
 from broker.runtime import logs
 from broker.runtime.supervisor import Supervisor
+from broker.store.errors import StoreDamaged, StoreUnusable
+from broker.store.journal import FileStore
+from broker.store.opening import open_store
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +49,25 @@ TICK = 0.25
 """Seconds between two looks at keep-alives, deadlines and expiries."""
 DRAIN = 10.0
 """Seconds a stop may take."""
-EMPTYING = 4.0
-"""Seconds of them for queues of sinks and bridges to run empty."""
-STUCK = 0.5
-"""Seconds without a message less after which a stop waits for queues no longer."""
-RESTART_ONLY = ("broker.name", "broker.data", "broker.durability")
+WRITING = 3.0
+"""Seconds of them for the journal to be on disk."""
+PROGRESS = 5.0
+"""Seconds between two lines about a store that takes long to read."""
+LONGEST_PAUSE = 30 * 86_400
+"""Seconds a broker is believed to have been down at most: a clock that is years off must not end every session."""
+RESTART_ONLY = ("broker.name", "broker.data", "broker.durability", "store.interval", "store.min_free")
 """What a reload cannot change."""
+
+
+SWITCH = 0.0005
+"""Seconds the loop may keep the interpreter from the store's writer: at Python's 5 ms a commit takes ten times longer."""
+
+LOSS = {
+    "flush": "what is acknowledged is on disk: neither a crash nor a power cut loses it",
+    "interval": "a crash loses nothing that was acknowledged, a power cut the last moments (store.interval)",
+    "none": "a crash of the broker loses nothing that was acknowledged; a power cut may lose everything recent",
+}
+"""The loss window of each `broker.durability`, for the log."""
 
 
 DEAD_LETTERS = SessionSpec(filters=(), upgrade_qos=True, max_bytes=256 << 20)
@@ -57,8 +77,19 @@ DEAD_LETTERS = SessionSpec(filters=(), upgrade_qos=True, max_bytes=256 << 20)
 class Broker:
     """One running broker. Several may live in one process: nothing is kept outside this object."""
 
-    def __init__(self, settings: Settings, load: Callable[[], Settings], *, log_format: str, log_level: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        load: Callable[[], Settings],
+        *,
+        log_format: str,
+        log_level: str,
+        accept_loss: bool = False,
+    ) -> None:
         self.settings = settings
+        self._accept_loss = accept_loss
+        self.store: FileStore | None = None
+        self.journal: Journal | None = None
         self.started = time.monotonic()
         self.stopping = asyncio.Event()
         self._load = load
@@ -102,9 +133,12 @@ class Broker:
         settings = self.settings
         for warning in settings.warnings:
             log.warning("%s", warning)
+        self._open_store()
         await self.gate.open()
         for instance in (*settings.sinks.values(), *settings.bridges.values()):
             self._ensure(instance)
+        for name, left in self.engine.find_orphans().items():
+            self._warn_of_orphan(name, left)
         await self.listeners.open_internal(self.internal)
         await self.supervisor.apply(settings.sinks, settings.bridges, settings.workers.processes, settings.base)
         await self.listeners.apply(settings.listeners)
@@ -112,53 +146,100 @@ class Broker:
         self._tick()
         gc.collect()
         gc.freeze()
+        log.info("broker %s is up; %s", settings.broker.name, LOSS[settings.broker.durability])
+
+    def _open_store(self) -> None:
+        """Read what survived into the engine. Raises StoreError when that cannot be done without losing something."""
+        settings = self.settings
+        folder = self._data / "store"
+        self.store, recovered = open_store(
+            folder,
+            durability=settings.broker.durability,
+            interval=settings.store.interval,
+            min_free=settings.store.min_free,
+            loop=self._loop,
+            accept_loss=self._accept_loss,
+        )
+        recovery = Recovery()
+        said = time.monotonic()
+        done = 0
+        for segment, offset, body, _, _ in recovered.frames():
+            recovery.read(segment, offset, body)
+            done += len(body)
+            if time.monotonic() - said > PROGRESS:
+                said = time.monotonic()
+                log.info("reading the store: %d MB so far", done >> 20)
+        if recovered.damage and not self._accept_loss:
+            raise StoreDamaged(recovered.explain())
+        engine = self.engine
+        passed = int(time.time() * 1000) - recovered.last_wall_ms if recovered.last_wall_ms else 0
+        if passed > LONGEST_PAUSE * 1000:
+            log.warning(
+                "by the clock the broker was down for %d days; expiries count %d of them",
+                passed // 86_400_000,
+                LONGEST_PAUSE // 86_400,
+            )
+        clock_ms = recovered.last_clock_ms + min(max(passed, 0), LONGEST_PAUSE * 1000) + 1
+        scratch = functools.partial(tempfile.TemporaryFile, "w+b", dir=folder)
+        journal = Journal(engine.core, self.store, self._loop.call_later, scratch, clock_ms)
+        journal.lost = recovered.lost
+        self.journal = journal
+        engine.use_journal(journal)
+        recovery.install(engine, journal)
         log.info(
-            "broker %s is up; this release keeps queues in memory whatever broker.durability says: "
-            "they survive a worker's crash, not the broker's",
-            settings.broker.name,
+            "store: sessions=%d queued=%d retained=%d lost=%d",
+            len(engine.sessions),
+            recovery.queued,
+            engine.retained_store.count,
+            recovered.lost + recovery.bad,
+        )
+
+    def _warn_of_orphan(self, name: str, left: int) -> None:
+        log.warning(
+            "the queue of %s is an orphan with %d messages; isthmus queues drop %s deletes it", name, left, name
         )
 
     def _tick(self) -> None:
         self.engine.tick(self._loop.time(), int(time.time() * 1000))
         self._ticker = self._loop.call_later(TICK, self._tick)
 
-    async def stop(self) -> None:
-        """Stop accepting, tell clients, let workers finish what is in flight. Bounded by ten seconds."""
+    async def stop(self) -> bool:
+        """Stop accepting, tell clients, put everything on disk. Bounded by ten seconds; False when that ran out or
+        something could not be written."""
+        clean = False
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN - 1):
+            async with asyncio.timeout(DRAIN - WRITING - 1):
                 await self.listeners.stop_accepting()
                 for number, channel in enumerate(self.engine.clients()):
                     channel.disconnect(0x8B)
                     if number % 500 == 499:
                         await asyncio.sleep(0)
-                await self._empty_queues()
                 await self.supervisor.close()
                 await self.listeners.close_all()
                 await self.gate.close()
-        for name, left in self._waiting().items():
-            log.error("%d messages for %s did not get there and are lost: queues live in memory", left, name)
+                clean = True
+        if not clean:
+            log.error("not everything could be stopped in time; the store is closed as it should be")
+        clean = await self._close_store() and clean
         await self._control.close()
         if self._ticker is not None:
             self._ticker.cancel()
         self._node.release()
+        return clean
 
-    def _waiting(self) -> dict[str, int]:
-        """Messages that wait for a sink or bridge, by its name."""
-        counts = {
-            n: sum(s.queued for s in self.engine.lanes(n)) for n in (*self.settings.sinks, *self.settings.bridges)
-        }
-        return {name: count for name, count in counts.items() if count}
-
-    async def _empty_queues(self) -> None:
-        """Let the workers take what waits, as long as they get on with it."""
-        least, since = None, self._loop.time()
-        end = since + EMPTYING
-        while (left := sum(self._waiting().values())) and (now := self._loop.time()) < end:
-            if least is None or left < least:
-                least, since = left, now
-            elif now - since > STUCK:
-                return
-            await asyncio.sleep(0.02)
+    async def _close_store(self) -> bool:
+        """Let what is in memory reach the disk; False when it did not."""
+        if self.journal is None or self.store is None:
+            return True
+        end = self._loop.time() + WRITING
+        self.journal.flush()
+        while not self.journal.idle and self._loop.time() < end:  # noqa: ASYNC110 - a few milliseconds, once
+            await asyncio.sleep(0.005)
+        if not self.journal.idle:  # its thread ends with the process
+            log.error("the disk did not take everything within %.0f s; nothing of it was acknowledged", WRITING)
+            return False
+        self.store.close()
+        return not self.store.refusing
 
     # configuration --------------------------------------------------------------------------------------------
 
@@ -213,12 +294,7 @@ class Broker:
             for name in gone:  # only now: what left took its leave by itself
                 left = self.engine.remove_instance(name)
                 if left:
-                    log.warning(
-                        "the queue of %s is an orphan with %d messages; isthmus queues drop %s deletes it",
-                        name,
-                        left,
-                        name,
-                    )
+                    self._warn_of_orphan(name, left)
             for warning in new.warnings:
                 log.warning("%s", warning)
             log.info(
@@ -269,6 +345,7 @@ def tune_process() -> None:
     gc.set_threshold(
         100_000, 50, 100
     )  # core classes form no cycles: a collection finds nothing and costs every connection
+    sys.setswitchinterval(SWITCH)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -279,7 +356,9 @@ def tune_process() -> None:
             libc.mallopt(parameter, value)
 
 
-def serve(load: Callable[[], Settings], *, log_format: str = "text", log_level: str = "info") -> int:
+def serve(
+    load: Callable[[], Settings], *, log_format: str = "text", log_level: str = "info", accept_loss: bool = False
+) -> int:
     """`isthmus run`: load, start, serve until a signal, drain. Returns the exit code."""
     intruder = registry.check_layout()
     if intruder is not None:
@@ -297,15 +376,20 @@ def serve(load: Callable[[], Settings], *, log_format: str = "text", log_level: 
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(_serve(settings, load, hints, log_format, log_level))
-    return uvloop.run(_serve(settings, load, hints, log_format, log_level))
+        return asyncio.run(_serve(settings, load, hints, log_format, log_level, accept_loss))
+    return uvloop.run(_serve(settings, load, hints, log_format, log_level, accept_loss))
 
 
 async def _serve(
-    settings: Settings, load: Callable[[], Settings], hints: list[str], log_format: str, log_level: str
+    settings: Settings,
+    load: Callable[[], Settings],
+    hints: list[str],
+    log_format: str,
+    log_level: str,
+    accept_loss: bool,
 ) -> int:
     try:
-        broker = Broker(settings, load, log_format=log_format, log_level=log_level)
+        broker = Broker(settings, load, log_format=log_format, log_level=log_level, accept_loss=accept_loss)
     except identity.DataFolderBusy as error:
         print(error, file=sys.stderr)
         return 1
@@ -346,6 +430,10 @@ async def _serve(
     loop.add_signal_handler(signal.SIGHUP, on_reload)
     try:
         await broker.start()
+    except StoreUnusable as error:
+        print(error, file=sys.stderr)
+        await broker.stop()
+        return 1
     except (ListenError, AccessError, ConfigError) as error:
         text = "\n".join(error.problems) if isinstance(error, ConfigError) else settings.located(str(error))
         print(text, file=sys.stderr)
@@ -357,6 +445,6 @@ async def _serve(
         print(line, file=sys.stderr, flush=True)
     await broker.stopping.wait()
     began = loop.time()
-    await broker.stop()
+    clean = await broker.stop()
     log.info("stopped in %.1f s", loop.time() - began)
-    return 0
+    return 0 if clean else 1

@@ -22,6 +22,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "sinks": ("broker.cli.remote", "sinks", "List, show, pause and resume sinks."),
     "bridges": ("broker.cli.remote", "bridges", "List, show, pause and resume bridges."),
     "queues": ("broker.cli.remote", "queues", "List and drop durable queues."),
+    "store": ("broker.cli.store", "store", "Check, count, export and delete what survives a restart."),
     "auth": ("broker.cli.access", "auth", "Explain who may connect and what they may do."),
     "hash": ("broker.cli.access", "hash_password", "Print the argon2id hash of a password."),
     "bench": ("broker.cli.bench", "bench", "Measure a broker."),

@@ -12,9 +12,10 @@ from broker.runtime import logs
 
 
 @click.command()
+@click.option("--accept-loss", is_flag=True, help="Start although the store is damaged: what cannot be read is lost.")
 @common
 @guarded
-def run() -> int:
+def run(accept_loss: bool) -> int:
     """Run the broker in the foreground.
 
     Standard output gets one line `ready …` once every listener accepts; the log goes to standard error. SIGHUP
@@ -23,7 +24,7 @@ def run() -> int:
     chosen = options()
     from broker import app
 
-    return app.serve(chosen.load, log_format=chosen.log_format, log_level=chosen.log_level)
+    return app.serve(chosen.load, log_format=chosen.log_format, log_level=chosen.log_level, accept_loss=accept_loss)
 
 
 @click.command()

@@ -23,8 +23,8 @@ class BrokerConfig(Section):
     data: ConfigPath = "data"  # type: ignore[assignment]
     """Folder of sessions, queues, retained messages, accounts and the control socket."""
     durability: Literal["flush", "interval", "none"] = "flush"
-    """When what must survive counts as written: flush (on disk before the acknowledgement) | interval | none. This
-    release keeps queues in memory whatever it says."""
+    """When what must survive counts as written: flush (on disk before the acknowledgement) | interval (on disk within
+    `store.interval`) | none (whenever the system likes). A crash of the broker alone loses nothing in any of them."""
 
 
 class AccessConfig(Section):
@@ -60,6 +60,12 @@ class LimitsConfig(Section):
     """QoS 1 and 2 messages in flight towards a client that names no Receive Maximum."""
     max_queued_messages: int = Field(default=1_000, ge=0, le=100_000_000)
     """Messages in the offline queue of a device; sinks and bridges have their own limit."""
+    max_queued_bytes: Size = 0
+    """Bytes of one device's queue; 0 for no limit but `max_queued_messages`."""
+    max_queued_age: Duration = 0.0
+    """Seconds after which a message in a device's queue is dropped; 0 for never."""
+    queue_overflow: Literal["drop_oldest", "drop_newest", "reject"] = "drop_oldest"
+    """What a full queue of a device does: drop_oldest (QoS 0 first) | drop_newest | reject (the publisher gets 0x97)."""
     session_expiry: Duration = 7_200.0
     """Seconds a disconnected session lives at most; 3.x sessions get this."""
     connect_timeout: Annotated[Duration, Field(ge=0.1, le=3_600)] = 10.0
@@ -100,6 +106,16 @@ class LimitsConfig(Section):
     """What exceeding `receive_maximum` does: enforce (disconnected with 0x93) | warn (a line in the log)."""
     strict: bool = True
     """Whether text in packets is checked for control characters and non-characters too."""
+
+
+class StoreConfig(Section):
+    """`[store]`: the journal in the data folder that sessions, queues and retained messages are kept in."""
+
+    interval: Annotated[Duration, Field(ge=0.01, le=60)] = 0.1
+    """Seconds between two flushes with `durability = "interval"`: what a power cut may lose."""
+    min_free: Size = 1 << 30
+    """Free bytes of the disk, but at most 5 % of it, below which messages that must be kept are refused; a warning
+    comes at three times that."""
 
 
 class WorkersConfig(Section):

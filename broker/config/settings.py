@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from broker.config import consistency, fingerprint, fragments, suggest, validation
 from broker.config.fragments import Tree
 from broker.config.listeners import KINDS, ListenerConfig
-from broker.config.models import AccessConfig, BrokerConfig, LimitsConfig, WorkersConfig
+from broker.config.models import AccessConfig, BrokerConfig, LimitsConfig, StoreConfig, WorkersConfig
 from broker.config.problems import ConfigError, Key, arrange, line, spell
 from broker.config.secrets import Substitution
 from broker.config.show import Item, items
@@ -25,6 +25,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "broker": BrokerConfig,
     "access": AccessConfig,
     "limits": LimitsConfig,
+    "store": StoreConfig,
     "workers": WorkersConfig,
 }
 ROOMS = ("auth", "sinks", "bridges")
@@ -61,6 +62,7 @@ class Settings:
     broker: BrokerConfig
     access: AccessConfig
     limits: LimitsConfig
+    store: StoreConfig
     workers: WorkersConfig
     listeners: dict[str, ListenerConfig] = field(default_factory=dict)
     auth: dict[str, Instance] = field(default_factory=dict)
@@ -168,6 +170,7 @@ class _Loader:
             broker=self._section(BrokerConfig, "broker"),
             access=self._section(AccessConfig, "access"),
             limits=self._section(LimitsConfig, "limits"),
+            store=self._section(StoreConfig, "store"),
             workers=self._section(WorkersConfig, "workers"),
             listeners=self._listeners(),
             auth=self._instances("auth"),

@@ -60,6 +60,8 @@ cdef class Channel(Outbox):
     @cython.locals(p=Bytes, i=Py_ssize_t, at=Py_ssize_t, size=Py_ssize_t, shift=int, byte=int, topic_end=Py_ssize_t, stop=Py_ssize_t, message=Message)
     cpdef list _messages(self, bytes data, Py_ssize_t start, Py_ssize_t end)
     cpdef _make_origin(self)
+    cpdef int _refuse_publish(self, str reason, int qos, int ident) except -1
+    cpdef push_live(self, bytes data)
     cpdef _hand_over(self, Route route, Message message)
     @cython.locals(p=Bytes, session=Session, core=Core, qos=int, off=Py_ssize_t, length=Py_ssize_t, topic_end=Py_ssize_t, body_at=Py_ssize_t, ident=int, entry=Entry, expires=double, forward=bytes, code=int, message=Message, route=Route, said=int, hold=Hold, count=int, acks=bytearray, waiting=Py_ssize_t)
     cpdef int _on_publish(self, bytes data, int first, Py_ssize_t start, Py_ssize_t at, Py_ssize_t end) except -1

@@ -19,7 +19,7 @@ from broker.engine.message import METADATA, Message, Origin
 from broker.engine.outbox import Outbox
 from broker.engine.receiver import DONE, LATER, Hold
 from broker.engine.router import Entry, Route, Router
-from broker.engine.session import ACK_OK, ACK_UNKNOWN, ACK_WRONG, Session
+from broker.engine.session import ACK_LATER, ACK_OK, ACK_UNKNOWN, ACK_WRONG, Session
 from broker.mqtt import packets
 from broker.mqtt.codes import connack_v3
 from broker.mqtt.errors import ProtocolError
@@ -547,7 +547,7 @@ class Channel(Outbox):
                 forward = _without_metadata(props)
         code = entry.code
         if qos == 2 and session.seen(ident):
-            self._acknowledge(0x50, ident, 0)
+            self._repeat(session, ident)
             return CONTINUE
         if qos and self.v5 and self.unanswered + self.unreleased >= self.receive_maximum:
             if core.limits.receive_maximum_policy != "warn":
@@ -584,18 +584,15 @@ class Channel(Outbox):
                 self.engine.wait_for_room(self, route, message)
                 return SUSPEND
             if said != DONE:
-                core.received += 1
-                core.drop("queue_full")
-                if qos:
-                    if not self.v5:
-                        self._abort("queue_full")
-                        return STOP
-                    self._acknowledge(0x40 if qos == 1 else 0x50, ident, 0x97)
-                return CONTINUE
+                return self._refuse_publish("queue_full", qos, ident)
+        hold = None
+        if qos and (route.holding or message.retain):
+            if core.journal is not None and core.journal.refusing:
+                return self._refuse_publish("store_refuses", qos, ident)
+            hold = Hold(self)
         core.received += 1
-        if message.retain and not self.engine.retain(message):
+        if message.retain and not self.engine.retain(message, hold):
             code = 0x97
-        hold = Hold(self) if route.holding and qos else None
         count = self.router.publish(route, message, session, hold)
         if qos == 0:
             return CONTINUE
@@ -605,6 +602,8 @@ class Channel(Outbox):
         if qos == 2:
             session.remember(ident)
             self.unreleased += 1
+            if session.spool is not None:
+                core.journal.mark(message, session.spool, ident)
         if hold is not None and hold.count > 0:
             self._hold(0x40 if qos == 1 else 0x50, ident, hold)
         elif count == 0 and self.v5:
@@ -622,6 +621,28 @@ class Channel(Outbox):
         else:
             self._acknowledge(0x40 if qos == 1 else 0x50, ident, 0)
         return CONTINUE
+
+    def _refuse_publish(self, reason: str, qos: int, ident: int) -> int:
+        """A message that must be kept cannot be: MQTT 5 says so, 3.x gets no acknowledgement and is closed."""
+        self.core.received += 1
+        self.core.drop(reason)
+        if qos:
+            if not self.v5:
+                self._abort(reason)
+                return STOP
+            self._acknowledge(0x40 if qos == 1 else 0x50, ident, 0x97)
+        return CONTINUE
+
+    def _repeat(self, session: Session, ident: int) -> None:
+        """A QoS 2 message that has been taken already: PUBREC again, as soon as it is safe."""
+        spool = session.spool
+        journal = self.core.journal
+        if spool is None or (spool.marks is not None and ident in spool.marks) or journal.idle:
+            self._acknowledge(0x50, ident, 0)
+            return
+        hold = Hold(self)
+        journal.wait(hold)
+        self._hold(0x50, ident, hold)
 
     # acknowledgements -----------------------------------------------------------------------------------------
 
@@ -710,7 +731,13 @@ class Channel(Outbox):
     def _on_pubrel(self, session: Session, ident: int) -> None:
         if ident == 0:
             raise ProtocolError(0x82, "packet identifier 0")  # [MQTT-2.2.1-3]
-        self._reply(0x70, ident, 0 if self._forget(session, ident) else 0x92)
+        known = self._forget(session, ident)
+        spool = session.spool
+        if spool is not None and spool.marks is not None and ident in spool.marks:
+            # the identifier may carry another message next: it must not be remembered beyond a crash
+            self.core.journal.forget(spool, ident, self, b"\x70\x02" + ident.to_bytes(2, "big"))
+            return
+        self._reply(0x70, ident, 0 if known else 0x92)
 
     def _on_pubrec(self, session: Session, ident: int, code: int) -> None:
         said = session.on_pubrec(ident, code)
@@ -718,7 +745,7 @@ class Channel(Outbox):
             raise ProtocolError(0x82, "PUBREC answers a QoS 1 message")
         if ident == 0:
             raise ProtocolError(0x82, "packet identifier 0")  # [MQTT-2.2.1-3]
-        if code < 0x80:
+        if code < 0x80 and said != ACK_LATER:
             self._reply(0x62, ident, 0 if said == ACK_OK else 0x92)
 
     # the other packets ----------------------------------------------------------------------------------------
@@ -743,14 +770,17 @@ class Channel(Outbox):
             subscribe = packets.decode_subscribe(body, self.version, limits.strict, limits.max_user_properties)
             self._flush_acks()
             codes, retained = self.engine.subscribe(self, session, subscribe)
-            self.push(packets.encode_suback(subscribe.packet_id, self.version, codes))  # [MQTT-3.8.4-1]
-            if retained:
-                session.retained = deque(retained) if session.retained is None else session.retained + deque(retained)
-                session.drain()
+            if session.spool is not None:
+                self.engine.when_subscribed(self, session, subscribe, codes, retained)
+            else:
+                self.subscribed(session, subscribe.packet_id, codes, retained)
         elif kind == 10:
             unsubscribe = packets.decode_unsubscribe(body, self.version, limits.strict, limits.max_user_properties)
             codes = self.engine.unsubscribe(session, unsubscribe.filters)
-            self.push(packets.encode_unsuback(unsubscribe.packet_id, self.version, codes))  # [MQTT-3.10.4-4]
+            if session.spool is not None:
+                self.engine.when_unsubscribed(self, unsubscribe.packet_id, codes)
+            else:
+                self.push(packets.encode_unsuback(unsubscribe.packet_id, self.version, codes))  # [MQTT-3.10.4-4]
         elif 4 <= kind <= 7:
             ack = packets.decode_ack(body, self.version, kind, limits.strict)
             if kind == 6:
@@ -770,6 +800,18 @@ class Channel(Outbox):
             raise ProtocolError(0x82, "AUTH without an authentication method")  # [MQTT-4.12.0-7]
         else:
             raise ProtocolError(0x82, "a packet only servers send")
+
+    def subscribed(self, session: Session, packet_id: int, codes: list[int], retained: list[Any]) -> None:
+        """Answer SUBSCRIBE and begin to send the retained messages."""
+        self.push(packets.encode_suback(packet_id, self.version, codes))  # [MQTT-3.8.4-1]
+        if retained:
+            session.retained = deque(retained) if session.retained is None else session.retained + deque(retained)
+            session.drain()
+
+    def push_live(self, data: bytes) -> None:
+        """Send bytes that had to wait, if the connection is still there."""
+        if self.state == LIVE:
+            self.push(data)
 
     def _on_connect(self, body: bytes) -> None:
         limits = self.core.limits
@@ -817,7 +859,7 @@ class Channel(Outbox):
             self._end()
             return
         self.connect = None
-        if self.state == LIVE:
+        if self.state == LIVE and self.session is not None and self.session.channel is self:
             self.resume_parse()
 
     def refuse(self, code: int) -> None:

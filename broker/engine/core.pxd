@@ -6,6 +6,9 @@ cdef class Limits:
     cdef public int receive_maximum
     cdef public int max_inflight
     cdef public Py_ssize_t max_queued_messages
+    cdef public Py_ssize_t max_queued_bytes
+    cdef public double max_queued_age
+    cdef public str queue_overflow
     cdef public double session_expiry
     cdef public double connect_timeout
     cdef public int max_topic_levels
@@ -40,6 +43,8 @@ cdef class Core:
     cdef public dict dropped
     cdef public dict events
     cdef public set stalled
+    cdef public object journal
+    cdef public object withholds
     cdef public long long _sequence
     cdef public str _tail
     cdef object __weakref__

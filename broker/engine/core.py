@@ -14,6 +14,9 @@ class Limits:
         self.receive_maximum = 1024
         self.max_inflight = 32
         self.max_queued_messages = 1000
+        self.max_queued_bytes = 0
+        self.max_queued_age = 0.0
+        self.queue_overflow = "drop_oldest"
         self.session_expiry = 7200.0
         self.connect_timeout = 10.0
         self.max_topic_levels = 128
@@ -63,6 +66,10 @@ class Core:
         self.dropped: dict[str, int] = {}
         self.events: dict[str, int] = {}
         self.stalled: set[Any] = set()
+        self.journal: Any = None
+        """What makes sessions survive a restart; None where nothing does."""
+        self.withholds: Callable[[Any, Any], str] | None = None
+        """Why a session does not get a message that waited on disk; empty when it does."""
         self._sequence = 0
         self._tail = f"{node_id & 0xFFFF:04x}{boot & 0xFFFF:04x}"
 

@@ -10,17 +10,19 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from broker.engine import topics
+from broker.engine import records, topics
 from broker.engine.channel import AUTHENTICATING, LIVE, Channel
 from broker.engine.core import Core, Limits
 from broker.engine.gate import InternalPrincipal
 from broker.engine.groups import Lanes, ShareGroup
+from broker.engine.journal import Journal
 from broker.engine.listener import ListenerInfo
 from broker.engine.message import Message
-from broker.engine.receiver import DONE, Subscription
+from broker.engine.receiver import DONE, Hold, Subscription
 from broker.engine.retained import Retained
 from broker.engine.router import Route, Router
-from broker.engine.session import NEVER, Session
+from broker.engine.session import NEVER, Session, filter_of
+from broker.engine.spool import Spool
 from broker.engine.timers import Timers, Wheel
 from broker.mqtt import packets
 from broker.mqtt.errors import ProtocolError
@@ -72,6 +74,8 @@ class Engine:
         self.wheel = Wheel(now)
         self.timers = Timers()
         self.connected = 0
+        self._aging: list[Session] = []
+        """Sessions of instances whose messages have a `max_age`."""
         self._takeovers: dict[str, tuple[int, int]] = {}
         self._orphans: set[str] = set()
         """Instances removed from the configuration whose queues are still here."""
@@ -79,6 +83,8 @@ class Engine:
         self._lingering: deque[tuple[float, Any]] = deque()
         """Closed links that still had something to send, and when they are cut."""
         self._next_sweep = now + 60.0
+        self._next_look = now + 1.0
+        self.core.withholds = self._withholds
         self.on_connected: Callable[[Channel], None] | None = None
         self.on_disconnected: Callable[[Channel], None] | None = None
         self.configure(limits or Limits())
@@ -141,13 +147,17 @@ class Engine:
         if session is not None and session.ends_at and session.ends_at <= core.now:
             self.end_session(session)
             session = None
+        anew = False
+        """Something on disk must be gone before the client hears that its session is new."""
         if session is not None and connect.clean_start and session.spec is None:  # [MQTT-3.1.2-4]
+            anew = session.spool is not None
             self.end_session(session)
             session = None
         present = session is not None
         if session is not None and connect.clean_start and not session.durable:
             session.begin_anew()
             present = False
+            anew = True
         if session is None:
             session = Session(client_id, core)
             session.owner = principal.username
@@ -163,6 +173,11 @@ class Engine:
             expiry = float(NEVER)
         elif expiry > limits.session_expiry and not principal.privileged:
             expiry = limits.session_expiry
+        journal = core.journal
+        if journal is not None and expiry > 0 and not present and session.spool is None and journal.refusing:
+            del self.sessions[client_id]
+            channel.refuse(0x97)
+            return
         session.expiry = expiry
         session.persistent = expiry > 0
         session.ends_at = 0.0
@@ -214,12 +229,36 @@ class Engine:
         answer = self._connack_properties(
             channel, connect, client_id if assigned else None, wanted, expiry, server_keep_alive
         )
-        session.attach(channel, v5)
         connack = packets.encode_connack(channel.version, present, 0, answer)
+        if journal is not None and session.persistent:
+            self._survive(session, journal, anew)
+            if anew or (present and session.spool is not None and session.spool.segment == 0):
+                journal.after(lambda written: self._welcome_later(channel, session, connack, written))
+                return
+        elif anew:
+            journal.after(lambda written: self._welcome_later(channel, session, connack, written))
+            return
+        self._welcome(channel, session, connack)
+
+    def _survive(self, session: Session, journal: Journal, anew: bool) -> None:
+        """A client with a persistent session has connected: the journal learns of it."""
+        session.stored = True
+        session.durable = session.durable or (session.spec is None and self.core.limits.queue_overflow == "reject")
+        if session.spool is None:
+            session.spool = journal.open(session)
+        elif anew:
+            session.spool.marks = None
+            journal.snapshot(session.spool)
+        else:
+            journal.note(records.encode_json(records.LIFE, session.spool.number, session.life(journal, True)))
+
+    def _welcome(self, channel: Channel, session: Session, connack: bytes) -> None:
+        """CONNACK, and what waits for the client."""
+        session.attach(channel, channel.v5)
         if len(connack) > session.max_packet:  # [MQTT-3.1.2-24]
             self.report(
                 "packet_limit",
-                f"client {client_id!r} from {channel.peer} takes packets of {session.max_packet} bytes only",
+                f"client {session.client_id!r} from {channel.peer} takes packets of {session.max_packet} bytes only",
             )
             channel._abort("packet_limit")
             return
@@ -227,6 +266,20 @@ class Engine:
         session.resume()
         if self.on_connected is not None:
             self.on_connected(channel)
+
+    def _welcome_later(self, channel: Channel, session: Session, connack: bytes, written: bool) -> None:
+        """As `_welcome`, after what CONNACK says is on disk; meanwhile the client may have gone or come again."""
+        ours = self.sessions.get(session.client_id) is session and session.channel is None
+        if channel.state != LIVE or not ours or not written:
+            channel._end()
+            if ours:
+                session.attach(channel, channel.v5)
+                self.closed(channel, LIVE)
+            else:
+                self.connected -= 1
+            return
+        self._welcome(channel, session, connack)
+        channel.resume_parse()
 
     def _connack_properties(
         self,
@@ -287,6 +340,9 @@ class Engine:
             session.will = None  # [MQTT-3.14.4-3]
         for entry in session.take_shared():
             entry[5].again(entry[0], entry[4])
+            if entry[7] is not None:
+                self.core.journal.hurry(entry[0])
+                session.moved(entry)
         if session.will is not None:
             delay = min(session.will_delay, session.expiry) if session.persistent else 0.0
             if delay > 0:
@@ -297,6 +353,9 @@ class Engine:
             self.end_session(session)
         else:
             self.start_expiry(session)
+            if session.spool is not None:
+                journal = self.core.journal
+                journal.note(records.encode_json(records.LIFE, session.spool.number, session.life(journal, False)))
         if self.on_disconnected is not None:
             self.on_disconnected(channel)
 
@@ -357,7 +416,7 @@ class Engine:
             will.expires += self.core.now
         who = will.origin.principal
         try:
-            if not who.privileged and not self.gate.may_publish(who, will.topic.decode()):
+            if who is not None and not who.privileged and not self.gate.may_publish(who, will.topic.decode()):
                 self.core.drop("unauthorized")
                 return
             self.publish(will, session)
@@ -377,12 +436,14 @@ class Engine:
             self._drop_subscription(subscription)
         session.subscriptions = None
         for entry in session.queue or ():
-            if entry[4] is not None:
+            if entry[4] is not None and entry[7] is None:
                 entry[4].release()
         if session.inflight is not None:
             for entry in session.inflight.entries():
                 if entry[4] is not None and entry[4][0] is not None:
                     entry[4][0].release()
+        if session.spool is not None:
+            self._forget_spool(session, session.spool)
         session.queue = None
         session.queue_bytes = 0
         session.inflight = None
@@ -393,6 +454,18 @@ class Engine:
         if will is not None:
             self.publish_will(session)
 
+    def _forget_spool(self, session: Session, spool: Spool) -> None:
+        spool.forget_all()
+        inflight = session.inflight
+        if inflight is not None:
+            for ident, _, _, _, _ in inflight.entries():
+                pending = inflight.stored_of(ident)
+                if pending is not None:
+                    spool.finish(session._seq_of(ident), pending, None)
+        session.spool = None
+        session.stored = False
+        self.core.journal.end(spool)
+
     # publishing -----------------------------------------------------------------------------------------------
 
     def publish(self, message: Message, publisher: Any = None) -> int:
@@ -402,18 +475,25 @@ class Engine:
         if message.expires and message.expires <= self.core.now:
             return 0
         if message.retain:
-            self.retain(message)
+            self.retain(message, None)
         if route.guarded and self.router.room(route, message) != DONE:
             self.core.drop("queue_full")
             return 0
         return self.router.publish(route, message, publisher, None)
 
-    def retain(self, message: Message) -> bool:
-        """Store or clear (empty payload) the retained message of a topic; False when a limit forbids it."""
+    def retain(self, message: Message, hold: Hold | None) -> bool:
+        """Store or clear (empty payload) the retained message of a topic; False when a limit forbids it. `hold` waits
+        until that survives a restart."""
+        journal = self.core.journal
+        old = self.retained_store.get(message.topic) if journal is not None else None
         if not message.payload:
             self.retained_store.clear(message.topic)  # [MQTT-3.3.1-6]
+            if old is not None:
+                journal.unretain(old, hold)
             return True
         if self.retained_store.store(message):  # [MQTT-3.3.1-5]
+            if journal is not None:
+                journal.retain(message, old, hold)
             return True
         self.core.drop("retained_full")
         return False
@@ -482,6 +562,8 @@ class Engine:
         if not channel.principal.privileged and not self.gate.may_subscribe(channel.principal, target.decode()):
             self.core.count("subscribe_denied")
             return (0x87 if v5 else 0x80), []
+        if session.spool is not None and self.core.journal.refusing:
+            return (0x97 if v5 else 0x80), []
         old = self._find(session, filter)
         if old is None and len(session.subscriptions or ()) >= limits.max_subscriptions and session.spec is None:
             return (0x97 if v5 else 0x80), []
@@ -490,6 +572,9 @@ class Engine:
             if session.subscriptions is not None:
                 session.subscriptions.remove(old)
         self._add_subscription(session, target, key, qos, no_local, rap, ident)
+        if session.spool is not None:
+            fields = {"sub": [filter.decode(), qos, no_local, rap, ident]}
+            self.core.journal.note(records.encode_json(records.SUBSCRIBED, session.spool.number, fields))
         if key is not None:
             return qos, []
         if handling == 2 or (handling == 1 and old is not None):  # [MQTT-3.3.1-10] [MQTT-3.3.1-11]
@@ -535,6 +620,25 @@ class Engine:
         key = topics.split_share(filter) if filter.startswith(b"$share/") else None
         self._add_subscription(session, key[1] if key is not None else filter, key, qos, no_local, rap, ident)
 
+    def remember_subscription(self, session: Session, filter: bytes, qos: int, rap: bool) -> None:
+        """A subscription an instance had before a restart: known, and effective once its configuration is applied."""
+        if session.subscriptions is None:
+            session.subscriptions = []
+        session.subscriptions.append(Subscription(session, filter, qos, False, rap, 0))
+
+    def continue_session(self, session: Session, will: tuple[Message, float, float] | None) -> None:
+        """After a restart: the session's expiry and its will go on. `will` is (message, delay, when it is due or 0)."""
+        now = self.core.now
+        if session.ends_at:
+            ends = session.ends_at
+            self._timer(session, "expiry", ends, lambda: self.end_session(session))
+        if will is None:
+            return
+        session.will, delay, due = will
+        if due == 0:  # its client was connected when the broker ended
+            due = now + (min(delay, session.expiry) if session.persistent else 0.0)
+        self._timer(session, "will", due, lambda: self.publish_will(session))
+
     def start_expiry(self, session: Session) -> None:
         """A session without a connection lives for its expiry from now on."""
         if session.expiry < NEVER and session.spec is None:
@@ -561,17 +665,9 @@ class Engine:
 
     def _find(self, session: Session, filter: bytes) -> Subscription | None:
         for subscription in session.subscriptions or ():
-            if self.filter_of(subscription) == filter:
+            if filter_of(subscription) == filter:
                 return subscription
         return None
-
-    @staticmethod
-    def filter_of(subscription: Subscription) -> bytes:
-        """The filter as the client wrote it."""
-        group = subscription.group
-        if isinstance(group, ShareGroup):
-            return b"$share/" + group.name + b"/" + subscription.filter
-        return subscription.filter
 
     def _drop_subscription(self, subscription: Subscription) -> None:
         group = subscription.group
@@ -599,6 +695,8 @@ class Engine:
                 continue
             session.subscriptions.remove(found)
             self._drop_subscription(found)
+            if session.spool is not None:
+                self.core.journal.note(records.encode_session(records.UNSUBSCRIBED, session.spool.number, filter))
             codes.append(0)
             changed = True
         if not session.subscriptions:
@@ -607,6 +705,31 @@ class Engine:
             kept = [s.filter for s in session.subscriptions or ()]
             session.purge(lambda topic: any(topics.matches(f, topic) for f in kept), "unsubscribed")
         return codes
+
+    def when_subscribed(
+        self, channel: Channel, session: Session, subscribe: Any, codes: list[int], retained: list[Any]
+    ) -> None:
+        """Answer SUBSCRIBE once the subscriptions are on disk."""
+
+        def answer(written: bool) -> None:
+            granted = codes
+            if not written:
+                failed = [f for (f, _), code in zip(subscribe.filters, codes, strict=True) if code < 0x80]
+                self.unsubscribe(session, failed)
+                granted = [0x97 if channel.v5 else 0x80] * len(codes)
+            if channel.state == LIVE:
+                channel.subscribed(session, subscribe.packet_id, granted, retained if written else [])
+
+        self.core.journal.after(answer)
+
+    def when_unsubscribed(self, channel: Channel, packet_id: int, codes: list[int]) -> None:
+        """Answer UNSUBSCRIBE once it is on disk."""
+
+        def answer(written: bool) -> None:
+            said = codes if written else [0x83] * len(codes)
+            channel.push_live(packets.encode_unsuback(packet_id, channel.version, said))  # [MQTT-3.10.4-4]
+
+        self.core.journal.after(answer)
 
     # rights ---------------------------------------------------------------------------------------------------
 
@@ -633,8 +756,11 @@ class Engine:
             return
         for subscription in list(session.subscriptions or ()):
             if not self.gate.may_subscribe(principal, subscription.filter.decode()) and session.subscriptions:
+                filter = filter_of(subscription)
                 session.subscriptions.remove(subscription)
                 self._drop_subscription(subscription)
+                if session.spool is not None:
+                    self.core.journal.note(records.encode_session(records.UNSUBSCRIBED, session.spool.number, filter))
                 self.core.count("subscription_revoked")
         session.purge(lambda topic: self._may_receive(principal, topic.decode()))
 
@@ -679,11 +805,39 @@ class Engine:
             except Exception as error:
                 self._failed(error)
         self.timers.run(now, self._failed)
+        if now >= self._next_look:
+            self._next_look = now + 1.0
+            for session in self._aging:
+                self._drop_aged(session)
         if now >= self._next_sweep:
             self._next_sweep = now + 60.0
             self.retained_store.expire(now)
             second = int(now)
             self._takeovers = {k: v for k, v in self._takeovers.items() if v[0] >= second - 1}
+
+    def _drop_aged(self, session: Session) -> None:
+        """Give up what has queued for an instance longer than its `max_age`."""
+        oldest = self.core.wall_ms - session.spec.max_age * 1000
+        while session.waiting and 0 < session.oldest_queued_ms() < oldest and session.drop_oldest("too_old"):
+            pass
+
+    def _withholds(self, session: Session, message: Message) -> str:
+        """Why a device does not get a message that waited on disk: its rights or subscriptions have changed."""
+        principal = session.principal
+        if session.spec is not None or principal is None or principal.privileged:
+            return ""
+        if not self._may_receive(principal, message.topic.decode()):
+            return "unauthorized"
+        for subscription in session.subscriptions or ():
+            if topics.matches(subscription.filter, message.topic):
+                return ""
+        return "unsubscribed"
+
+    def use_journal(self, journal: Journal) -> None:
+        """From now on sessions and retained messages survive a restart."""
+        self.core.journal = journal
+        journal.retained_of = self.retained_store.get
+        self.retained_store.removed = journal.drop_retained
 
     def _failed(self, error: Exception, text: str = "a timer of the engine failed; the others go on") -> None:
         log.error("%s", text, exc_info=error)
@@ -740,6 +894,7 @@ class Engine:
             extra = self.sessions[f"{RESERVED}{name}/{n}"]
             for subscription in list(extra.subscriptions or ()):
                 self._remove_lane_subscription(extra, subscription)
+            extra.spec = spec
             n += 1
         for filter, qos in wanted.items():
             members = [Subscription(s, filter, qos, False, spec.retain_as_published, 0) for s in lanes]
@@ -768,6 +923,13 @@ class Engine:
                 session.subscriptions = [subscription]
                 self.router.add(subscription)
         self.router.forget_all()
+        if self.core.journal is not None:
+            for session in self.instance_sessions(name):
+                if session.spool is not None:
+                    self.core.journal.snapshot(session.spool)
+        self._aging = [s for s in self._aging if s not in lanes]
+        if spec.max_age:
+            self._aging.extend(lanes)
         for session in lanes:
             if session.blocked is not None:
                 session.unblock()  # the limits or what they do may have changed
@@ -792,6 +954,9 @@ class Engine:
         session.special = True
         session.durable = durable
         session.expiry = float(NEVER)
+        if self.core.journal is not None and session.spool is None:
+            session.spool = self.core.journal.open(session)
+            session.stored = True
         return session
 
     def mute_instance(self, name: str) -> None:
@@ -799,6 +964,8 @@ class Engine:
         for session in self.instance_sessions(name):
             for subscription in list(session.subscriptions or ()):
                 self._remove_lane_subscription(session, subscription)
+            if session.spool is not None:
+                self.core.journal.snapshot(session.spool)
         self.router.forget_all()
 
     def remove_instance(self, name: str) -> int:
@@ -821,6 +988,21 @@ class Engine:
         prefix = f"{RESERVED}{name}/"
         return [s for c, s in list(self.sessions.items()) if c.startswith(prefix)]
 
+    def find_orphans(self) -> dict[str, int]:
+        """After a restart: queues of instances that are not configured any more, by name with their messages."""
+        found: dict[str, int] = {}
+        for client_id, session in list(self.sessions.items()):
+            if not client_id.startswith(RESERVED) or session.spec is not None:
+                continue
+            session.subscriptions = None
+            if not session.queued:
+                self.end_session(session)
+                continue
+            name = client_id[len(RESERVED) :].rpartition("/")[0]
+            found[name] = found.get(name, 0) + session.queued
+        self._orphans.update(found)
+        return found
+
     def lanes(self, name: str) -> list[Session]:
         """The sessions that feed an instance."""
         return [s for s in self.instance_sessions(name) if s.client_id.rpartition("/")[2].isdigit()]
@@ -829,8 +1011,8 @@ class Engine:
         """Delete what queues for an instance; returns how many messages."""
         count = 0
         for session in self.instance_sessions(name):
-            count += session.queued if name in self._orphans else len(session.queue or ())
-            session.purge(lambda topic: False, "queue_dropped")
+            count += session.queued if name in self._orphans else session.waiting
+            session.drop_queue("queue_dropped")
             if name in self._orphans:
                 self.end_session(session)
         self._orphans.discard(name)

@@ -12,11 +12,14 @@ cdef class Inflight:
     cdef public list heads
     cdef public list bodies
     cdef public list refs
+    cdef public list stored
 
     @cython.locals(ident=int, slot=int)
     cpdef int add(self, bytes head, bytes body, int qos) except -1
     @cython.locals(slot=int)
     cpdef put(self, int ident, int state, bytes head, bytes body, object ref=*)
+    cpdef keep(self, int ident, object pending)
+    cpdef object stored_of(self, int ident)
     @cython.locals(slot=int)
     cpdef int state(self, int ident) except -1
     @cython.locals(slot=int)

@@ -32,6 +32,8 @@ class Inflight:
         self.heads: list[Any] = [None] * 16
         self.bodies: list[Any] = [None] * 16
         self.refs: list[Any] | None = None
+        self.stored: list[Any] | None = None
+        """Of sessions that survive a restart: the record of each message on its way to, or on, the disk."""
 
     def add(self, head: bytes, body: bytes, qos: int) -> int:
         """Take the next packet identifier for this message. The caller keeps `count` below 65 535."""
@@ -64,6 +66,16 @@ class Inflight:
         if ref is not None:
             self.attach(ident, ref)
 
+    def keep(self, ident: int, pending: Any) -> None:
+        """The message in flight under this identifier must survive a restart."""
+        if self.stored is None:
+            self.stored = [None] * (self.mask + 1)
+        self.stored[ident & self.mask] = pending
+
+    def stored_of(self, ident: int) -> Any:
+        """What `keep` was given, None for nothing."""
+        return self.stored[ident & self.mask] if self.stored is not None else None
+
     def state(self, ident: int) -> int:
         """FREE when the identifier is not in flight."""
         slot = ident & self.mask
@@ -77,6 +89,8 @@ class Inflight:
         self.states[slot] = RELEASED
         self.heads[slot] = None
         self.bodies[slot] = None
+        if self.stored is not None:
+            self.stored[slot] = None
 
     def remove(self, ident: int) -> Any:
         """Free the slot; returns what was attached to it."""
@@ -85,6 +99,8 @@ class Inflight:
         self.heads[slot] = None
         self.bodies[slot] = None
         self.count -= 1
+        if self.stored is not None:
+            self.stored[slot] = None
         if self.refs is None:
             return None
         ref = self.refs[slot]
@@ -113,6 +129,8 @@ class Inflight:
 
     def _grow(self) -> None:
         old = self.entries()
+        stored = self.stored
+        kept = [stored[entry[0] & self.mask] if stored is not None else None for entry in old]
         size = (self.mask + 1) * 2
         if size > 65536:
             size = 65536
@@ -129,6 +147,9 @@ class Inflight:
         self.bodies = [None] * size
         refs = self.refs
         self.refs = None
+        self.stored = None
         self.count = 0
-        for ident, state, head, body, ref in old:
+        for (ident, state, head, body, ref), pending in zip(old, kept, strict=True):
             self.put(ident, state, head, body, ref if refs is not None else None)
+            if pending is not None:
+                self.keep(ident, pending)

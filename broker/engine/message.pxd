@@ -31,6 +31,8 @@ cdef class Message:
     cdef public bytes head4
     cdef public bytes head5
     cdef public bytes body5
+    cdef public object pending
+    cdef public object kept
 
     cpdef bytes publish0(self, bint v5)
     cpdef bytes head(self, bint v5, int qos)

@@ -56,6 +56,10 @@ class Message:
         self.head4: bytes | None = None
         self.head5: bytes | None = None
         self.body5: bytes | None = None
+        self.pending: Any = None
+        """The record of a message that must survive, until it is written and after."""
+        self.kept: Any = None
+        """The record that keeps it as its topic's retained message."""
 
     @property
     def size(self) -> int:

@@ -16,6 +16,7 @@ cdef class Receiver:
     cdef public Flag v5
     cdef public Flag special
     cdef public Flag durable
+    cdef public Flag stored
     cdef public unsigned int max_packet
     cdef public object origin
     cdef public object principal

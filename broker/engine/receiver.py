@@ -47,6 +47,9 @@ class Receiver:
         self.v5 = False
         self.special = False
         self.durable = False
+        """It may refuse, and is asked before anybody gets the message."""
+        self.stored = False
+        """What it must get at QoS 1 and 2 survives a restart."""
         self.max_packet = 268_435_460
         self.origin: str | None = None
         self.principal: Any = None

@@ -1,5 +1,6 @@
 """Retained messages: one per topic, found again by filter. MQTT 5 section 3.3.1.3."""
 
+from collections.abc import Callable
 from typing import Any
 
 from broker.engine.message import Message
@@ -24,6 +25,8 @@ class Retained:
         self.max_bytes = max_bytes
         self.count = 0
         self.bytes = 0
+        self.removed: Callable[[Message], None] | None = None
+        """Told of each message that expired."""
         self._root = _Node()
 
     def store(self, message: Message) -> bool:
@@ -105,7 +108,10 @@ class Retained:
             elif children is not None and part in children:
                 stack.append((children[part], level + 1))
         for topic in stale:
+            message = self.get(topic)
             self.clear(topic)
+            if message is not None and self.removed is not None:
+                self.removed(message)
         return found
 
     def _take(self, node: _Node, now: float, found: list[Message], stale: list[bytes]) -> None:

@@ -278,7 +278,10 @@ class Router:
                 if idents is not None:
                     target.idents = idents if target.idents is None else target.idents + idents
         key = tuple(
-            [(id(t.receiver), t.qos, t.no_local, t.rap, t.idents, t.receiver.special) for t in merged.values()]
+            [
+                (id(t.receiver), t.qos, t.no_local, t.rap, t.idents, t.receiver.special, t.receiver.stored)
+                for t in merged.values()
+            ]
             + [id(g) for g in groups]
         )
         route: Route | None = self.routes.get(key)
@@ -293,12 +296,14 @@ class Router:
                 if receiver.durable:
                     route.guarded = True
                     route.holding = True
+                elif receiver.stored:
+                    route.holding = True
             if groups:
                 route.simple = False
+                route.holding = True
                 for group in groups:
                     if group.durable:
                         route.guarded = True
-                        route.holding = True
             self.routes[key] = route
         entry.route = route
         return route

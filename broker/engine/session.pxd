@@ -1,8 +1,10 @@
 cimport cython
 from broker.engine.core cimport Core
 from broker.engine.inflight cimport Inflight
+from broker.engine.journal cimport Journal
 from broker.engine.message cimport Message, encode_head
 from broker.engine.outbox cimport Flag, Outbox
+from broker.engine.spool cimport Pending, Spool
 from broker.engine.receiver cimport Hold, Receiver, Subscription, Target
 
 
@@ -26,6 +28,7 @@ cdef class Session(Receiver):
     cdef public object resend
     cdef public dict aliases
     cdef public object spec
+    cdef public Spool spool
     cdef public list blocked
     cdef public object retained
     cdef public object will
@@ -40,16 +43,25 @@ cdef class Session(Receiver):
     @cython.locals(box=Outbox, packet=bytes)
     cpdef int offer(self, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
     cpdef int refuses(self, Py_ssize_t size) except -1
-    @cython.locals(inflight=Inflight, head=bytes, body=bytes, ident=int)
-    cpdef int _send(self, Outbox box, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
+    @cython.locals(inflight=Inflight, head=bytes, body=bytes, ident=int, spool=Spool)
+    cpdef int _send(self, Outbox box, Message message, int qos, bint retain, object idents, Hold hold, object group, long long seq, Pending pending) except -1
+    @cython.locals(box=Outbox, inflight=Inflight, seq=longlong, direct=bint, journal=Journal, size=Py_ssize_t, said=int, safe=Hold, pending=Pending)
+    cpdef int _keep(self, Spool spool, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
+    cpdef int _admit(self, int qos, Py_ssize_t size) except -1
+    @cython.locals(pending=Pending, inflight=Inflight)
+    cpdef bint _may_go(self, tuple entry) except -1
+    cpdef bint _more(self) except -1
+    @cython.locals(spool=Spool)
+    cpdef object _seq_of(self, int ident)
     cpdef int _enqueue(self, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
+    @cython.locals(box=Outbox, spool=Spool, message=Message, qos=int, pending=Pending, hold=Hold, seq=longlong, entry=tuple)
     cpdef drain(self)
     cpdef _send_retained(self, object box)
     @cython.locals(inflight=Inflight, ident=int)
     cpdef _send_again(self, Outbox box)
-    @cython.locals(inflight=Inflight, state=int)
+    @cython.locals(inflight=Inflight, state=int, pending=Pending)
     cpdef int on_puback(self, int ident) except -1
-    @cython.locals(inflight=Inflight, state=int)
+    @cython.locals(inflight=Inflight, state=int, pending=Pending, spool=Spool)
     cpdef int on_pubrec(self, int ident, int code) except -1
     @cython.locals(inflight=Inflight, state=int)
     cpdef int on_pubcomp(self, int ident) except -1

@@ -2,21 +2,30 @@
 
 A session has an outbox while a connection is attached. QoS 1 and 2 go straight into the in-flight window while there
 is room and nothing queues before them; otherwise they queue. Containers are None until first use.
+
+A session that survives a restart has a `Spool`: its messages have sequence numbers and go through the journal. A queue
+entry is (message, qos, retain, identifiers, hold, group, sequence number, record); the last two are 0 and None
+without a spool and at QoS 0.
 """
 
+from base64 import b64encode
 from collections import deque
 from typing import Any
 
 from broker.engine.core import Core
 from broker.engine.inflight import FREE, IDENTIFIERS, PUBLISHED, RELEASED, SENT, Inflight
+from broker.engine.journal import Journal
 from broker.engine.message import Message, encode_head
 from broker.engine.outbox import Outbox
 from broker.engine.receiver import DONE, LATER, REFUSED, Hold, Receiver, Subscription, Target
+from broker.engine.spool import FAILED, IN_MEMORY, LOAD, STORED, Pending, Spool
 from broker.mqtt.framing import encode_length
 
 ACK_OK = 0
 ACK_UNKNOWN = 1
 ACK_WRONG = 2
+ACK_LATER = 3
+"""The answer follows when it is safe to give it."""
 
 NEVER = 0xFFFFFFFF
 """A Session Expiry Interval that does not expire."""
@@ -48,6 +57,8 @@ class Session(Receiver):
         self.aliases: dict[bytes, int] | None = None
         self.encoded5 = False
         self.spec: Any = None
+        self.spool: Spool | None = None
+        """Set for a session that survives a restart."""
         self.blocked: list[Any] | None = None
         self.retained: Any = None
         self.will: Any = None
@@ -64,7 +75,7 @@ class Session(Receiver):
         qos = message.qos if message.qos < target.qos else target.qos  # [MQTT-3.8.4-8]
         if qos == 0 and self.spec is not None and self.spec.upgrade_qos and target.qos > 0:
             qos = 1
-        if hold is not None and (self.spec is None or self.spec.ack != "delivered"):
+        if hold is not None and self.spool is None and (self.spec is None or self.spec.ack != "delivered"):
             hold = None
         return self.offer(message, qos, message.retain and target.rap, target.idents, hold, target.group)
 
@@ -91,6 +102,8 @@ class Session(Receiver):
             else:
                 self.core.drop("slow_receiver")
             return DONE
+        if self.spool is not None:
+            return self._keep(self.spool, message, qos, retain, idents, hold, group)
         if (
             box is None
             or box.congested
@@ -98,22 +111,152 @@ class Session(Receiver):
             or (self.inflight is not None and self.inflight.count >= self.window)
         ):
             return self._enqueue(message, qos, retain, idents, hold, group)
-        return self._send(box, message, qos, retain, idents, hold, group)
+        return self._send(box, message, qos, retain, idents, hold, group, 0, None)
+
+    def _keep(
+        self, spool: Spool, message: Message, qos: int, retain: bool, idents: Any, hold: Hold | None, group: Any
+    ) -> int:
+        """As `offer`, for QoS 1 and 2 and a session that survives a restart. QoS 1 is sent at once where nothing waits;
+        QoS 2 only when it is on disk: else a crash would send it again under another packet identifier."""
+        box = self.outbox
+        inflight = self.inflight
+        seq = spool.next_seq
+        direct = (
+            qos == 1
+            and box is not None
+            and not box.congested
+            and self.queue is None
+            and self.resend is None
+            and spool.backlog is None
+            and spool.tail is None
+            and spool.loading is None
+            and (inflight is None or (inflight.count < self.window and inflight.state((seq - 1) % 65535 + 1) == FREE))
+        )
+        if message.expires != 0 and message.expires <= self.core.now:
+            self.core.drop("expired")
+            return DONE
+        journal = self.core.journal
+        if journal.refusing:
+            self.count_drop("store_refuses")
+            return REFUSED
+        size = message.size
+        if not direct:
+            said = self._admit(qos, size)
+            if said != LATER:
+                return said
+        safe = hold
+        if self.spec is not None and self.spec.ack != "spool":
+            safe = None
+            if self.spec.ack == "accept":
+                hold = None
+        else:
+            hold = None
+        spool.next_seq = seq + 1
+        pending = journal.take(message, spool, seq, qos, retain, idents, safe, not direct)
+        if direct and box is not None:
+            self._send(box, message, qos, retain, idents, hold, group, seq, pending)
+        else:
+            if hold is not None:
+                hold.count += 1
+            entry = (message, qos, retain, idents, hold, group, seq, pending)
+            self.queue_bytes += size
+            queue = self.queue
+            if (
+                box is None
+                or spool.backlog is not None
+                or spool.tail is not None
+                or spool.loading is not None
+                or (queue is not None and len(queue) >= IN_MEMORY)
+            ):
+                spool.put_aside(entry)
+            else:
+                if queue is None:
+                    queue = self.queue = deque()
+                queue.append(entry)
+        return LATER if safe is not None or hold is not None else DONE
+
+    def _admit(self, qos: int, size: int) -> int:
+        """LATER when one more message may wait, having made room for it where the policy says so."""
+        spec = self.spec
+        limits = self.core.limits
+        if spec is not None:
+            if self.queue_bytes + size > spec.max_bytes:
+                if spec.overflow != "drop_oldest":
+                    self.count_drop("queue_full")
+                    return REFUSED
+                while self.queue_bytes + size > spec.max_bytes and self.drop_oldest("queue_full"):
+                    pass
+            return LATER
+        if limits.max_queued_messages <= 0:
+            self.count_drop("queue_full")
+            return DONE
+        while self.waiting >= limits.max_queued_messages or (
+            limits.max_queued_bytes and self.queue_bytes + size > limits.max_queued_bytes
+        ):
+            if limits.queue_overflow == "drop_newest" or not self.make_room(qos):
+                self.count_drop("queue_full")
+                return DONE
+        return LATER
+
+    @property
+    def waiting(self) -> int:
+        """Messages that queue, in memory and on disk."""
+        count = len(self.queue) if self.queue is not None else 0
+        return count + self.spool.waiting if self.spool is not None else count
+
+    def drop_oldest(self, reason: str) -> bool:
+        """Give up the oldest message that queues; False when none does."""
+        if self.spool is not None:
+            return self.spool.drop_oldest(reason)
+        if not self.queue:
+            return False
+        self.discard(self.queue.popleft(), reason)
+        return True
+
+    def make_room(self, qos: int) -> bool:
+        """QoS 0 goes first, then the oldest. False when the newcomer is the one to go."""
+        queue = self.queue
+        for i, entry in enumerate(queue or ()):
+            if entry[1] == 0:
+                del queue[i]
+                self.discard(entry, "queue_full")
+                return True
+        return qos > 0 and self.drop_oldest("queue_full")
 
     def refuses(self, size: int) -> int:
-        """Whether the queue of an instance has no room for a message of this size."""
+        """Whether the queue has no room for a message of this size, and its policy is to say so."""
         spec = self.spec
-        if spec is None or spec.overflow == "drop_oldest" or spec.overflow == "drop_newest":
+        if spec is None:
+            limits = self.core.limits
+            full = self.waiting >= limits.max_queued_messages or (
+                limits.max_queued_bytes and self.queue_bytes + size > limits.max_queued_bytes
+            )
+            return REFUSED if full and self.durable else DONE
+        if spec.overflow == "drop_oldest" or spec.overflow == "drop_newest":
             return DONE
         if self.queue_bytes + size <= spec.max_bytes:
             return DONE
         return LATER if spec.overflow == "block" and size <= spec.max_bytes else REFUSED
 
     def _send(
-        self, box: Outbox, message: Message, qos: int, retain: bool, idents: Any, hold: Hold | None, group: Any
+        self,
+        box: Outbox,
+        message: Message,
+        qos: int,
+        retain: bool,
+        idents: Any,
+        hold: Hold | None,
+        group: Any,
+        seq: int,
+        pending: Pending | None,
     ) -> int:
+        """Put a message in flight; `seq` and `pending` are those of a stored one."""
+        spool = self.spool
         if message.expires != 0 and message.expires <= self.core.now:
             self.core.drop("expired")
+            if pending is not None and spool is not None:
+                spool.passed(seq, self.inflight)
+                spool.finish(seq, pending, self.inflight)
             return DONE
         inflight = self.inflight
         if inflight is None:
@@ -125,8 +268,18 @@ class Session(Receiver):
             body = message.body(self.v5)
         if len(head) + len(body) + 2 > self.max_packet:  # [MQTT-3.1.2-24]
             self.core.drop("too_large")
+            if pending is not None and spool is not None:
+                spool.passed(seq, inflight)
+                spool.finish(seq, pending, inflight)
             return DONE
-        ident = inflight.add(head, body, qos)
+        if pending is not None and spool is not None:
+            ident = (seq - 1) % 65535 + 1
+            inflight.put(ident, SENT if qos == 1 else PUBLISHED, head, body)
+            inflight.next_id = ident + 1 if ident < 65535 else 1
+            inflight.keep(ident, pending)
+            spool.passed(seq, inflight)
+        else:
+            ident = inflight.add(head, body, qos)
         if self.alias_maximum and self.v5:
             # only this transmission uses the alias: it does not outlive the connection, the message in flight may
             topic, alias = self._alias(message.topic)
@@ -137,6 +290,8 @@ class Session(Receiver):
             if hold is not None:
                 hold.count += 1
             inflight.attach(ident, (hold, group, message, qos, retain, idents))
+        if pending is not None and spool is not None and seq < spool.again_below:
+            head = bytes((head[0] | 8,)) + head[1:]  # [MQTT-3.3.1-1]
         box.push_parts(head, IDENTIFIERS[ident], body)
         self.core.sent += 1
         return LATER if hold is not None else DONE
@@ -151,46 +306,75 @@ class Session(Receiver):
             self.core.stamp(message)
             if self.queue_bytes + size > spec.max_bytes:
                 if spec.overflow != "drop_oldest":
-                    self._count_drop("queue_full")
+                    self.count_drop("queue_full")
                     return REFUSED
                 while queue and self.queue_bytes + size > spec.max_bytes:
-                    self._discard(queue.popleft(), "queue_full")
-        elif len(queue) >= self.core.limits.max_queued_messages and not self._make_room(queue, qos):
-            self.core.drop("queue_full")
+                    self.discard(queue.popleft(), "queue_full")
+        elif self._admit(qos, size) != LATER:
             return DONE
         if hold is not None:
             hold.count += 1
-        queue.append((message, qos, retain, idents, hold, group))
+        queue.append((message, qos, retain, idents, hold, group, 0, None))
         self.queue_bytes += size
         return LATER if hold is not None else DONE
 
-    def _make_room(self, queue: Any, qos: int) -> bool:
-        """QoS 0 goes first, then the oldest. False when the newcomer is the one to go."""
-        if self.core.limits.max_queued_messages <= 0:
-            return False
-        for i, entry in enumerate(queue):
-            if entry[1] == 0:
-                del queue[i]
-                self._discard(entry, "queue_full")
-                return True
-        if qos == 0:
-            return False
-        self._discard(queue.popleft(), "queue_full")
-        return True
-
-    def _discard(self, entry: Any, reason: str) -> None:
+    def discard(self, entry: Any, reason: str) -> None:
+        """Give up an entry that was taken out of the queue; `reason` counts it."""
         self.queue_bytes -= entry[0].size
         if reason:
-            self._count_drop(reason)
+            self.count_drop(reason)
         if entry[4] is not None:
             entry[4].release()
+        if entry[7] is not None and self.spool is not None:
+            self.spool.finish(entry[6], entry[7], self.inflight)
 
-    def _count_drop(self, reason: str) -> None:
-        self.core.drop(reason)
+    def count_drop(self, reason: str, count: int = 1) -> None:
+        """Messages that this session does not get."""
+        self.core.drop(reason, count)
         if self.spec is not None:
             if self.dropped is None:
                 self.dropped = {}
-            self.dropped[reason] = self.dropped.get(reason, 0) + 1
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def life(self, journal: Journal, connected: bool) -> dict[str, Any]:
+        """What changes when a connection comes or goes, as the journal keeps it."""
+        will = self.will
+        return {
+            "on": connected,
+            "x": 0 if connected else journal.to_clock(self.ends_at),
+            "e": self.expiry,
+            "w": self.window,
+            "v5": bool(self.v5),
+            "will": None if will is None else will_fields(will, self.will_delay, journal.to_clock(self.will_at())),
+        }
+
+    def will_at(self) -> float:
+        """When a will that waits is published; 0 when none does."""
+        timer = (self.timers or {}).get("will")
+        return float(timer.when) if timer is not None else 0.0
+
+    def snapshot(self, journal: Journal) -> dict[str, Any]:
+        """The session as the journal keeps it, but for its sequence numbers."""
+        fields: dict[str, Any] = {"c": self.client_id, "o": self.owner, "k": self.created}
+        fields.update(self.life(journal, self.outbox is not None))
+        fields["subs"] = [
+            [filter_of(s).decode(), s.qos, bool(s.no_local), bool(s.rap), s.ident] for s in self.subscriptions or ()
+        ]
+        return fields
+
+    def oldest_queued_ms(self) -> int:
+        """When the oldest message that queues came, milliseconds since 1970; 0 when none does."""
+        if self.queue:
+            return int(self.queue[0][0].time_ms)
+        spool = self.spool
+        if spool is None:
+            return 0
+        if spool.loading:
+            return int(spool.loading[0][3]) * 1000
+        first = spool.backlog.first() if spool.backlog is not None else None
+        if first is not None:
+            return int(first[3]) * 1000
+        return int(spool.tail[0][0].time_ms) if spool.tail else 0
 
     def oldest_ms(self) -> int:
         """When the oldest unacknowledged message of an instance came, milliseconds since 1970; 0 when there is none."""
@@ -201,9 +385,7 @@ class Session(Receiver):
                 at = body.find(b'"t":') if body is not None else -1
                 if at >= 0:
                     return int(body[at + 4 : body.find(b",", at)])
-        if self.queue:
-            return int(self.queue[0][0].time_ms)
-        return 0
+        return self.oldest_queued_ms()
 
     def drain(self) -> None:
         """Move what queues into the in-flight window, as far as the client takes it."""
@@ -215,27 +397,50 @@ class Session(Receiver):
             self._send_again(box)
             if self.resend is not None:
                 return
-        while queue and not box.congested:
-            entry = queue[0]
-            if entry[1] > 0 and self.inflight is not None and self.inflight.count >= self.window:
-                break
-            queue.popleft()
-            message, qos, retain, idents, hold, group = entry
-            self.queue_bytes -= message.size
-            if qos == 0:
-                self.offer(message, 0, retain, idents, None, group)
-            else:
-                if self._send(box, message, qos, retain, idents, hold, group) == DONE:
+        spool = self.spool
+        while True:
+            while queue and not box.congested:
+                entry = queue[0]
+                if entry[1] > 0 and not self._may_go(entry):
+                    break
+                queue.popleft()
+                message, qos, retain, idents, hold, group, seq, pending = entry
+                if pending is not None and pending.state == FAILED:
+                    self.discard(entry, "store_failed")
+                    continue
+                self.queue_bytes -= message.size
+                if qos == 0:
+                    self.offer(message, 0, retain, idents, None, group)
+                elif self._send(box, message, qos, retain, idents, hold, group, seq, pending) == DONE:
                     if hold is not None:
                         hold.release()
                 elif hold is not None:
                     hold.count -= 1
+            if spool is None or box.congested or (queue and len(queue) >= LOAD):
+                break
+            if spool.backlog is None and queue:
+                break
+            if not spool.refill():
+                break
+            queue = self.queue
         if not queue:
             self.queue = None
             if self.retained is not None:
                 self._send_retained(box)
         if self.blocked is not None and self.spec is not None and self.queue_bytes < self.spec.max_bytes:
             self.unblock()
+
+    def _may_go(self, entry: Any) -> bool:
+        """Whether the window takes this queue entry now."""
+        inflight = self.inflight
+        if inflight is not None and inflight.count >= self.window:
+            return False
+        pending = entry[7]
+        if pending is None or pending.state == FAILED:
+            return True
+        if entry[1] == 2 and pending.state != STORED:
+            return False
+        return inflight is None or inflight.state((entry[6] - 1) % 65535 + 1) == FREE
 
     def unblock(self) -> None:
         """Let the publishers go on that wait for room."""
@@ -313,13 +518,31 @@ class Session(Receiver):
             return ACK_UNKNOWN
         if state != SENT:
             return ACK_WRONG
+        pending = inflight.stored_of(ident)
         ref = inflight.remove(ident)
         self.acked += 1
+        if pending is not None and self.spool is not None:
+            self.spool.finish(self._seq_of(ident), pending, inflight)
         if ref is not None and ref[0] is not None:
             ref[0].release()
-        if self.queue is not None or self.retained is not None or self.resend is not None:
+        if self._more():
             self.drain()
         return ACK_OK
+
+    def _more(self) -> bool:
+        """Whether something waits for room in the window."""
+        return (
+            self.queue is not None
+            or self.retained is not None
+            or self.resend is not None
+            or (self.spool is not None and (self.spool.backlog is not None or self.spool.tail is not None))
+        )
+
+    def _seq_of(self, ident: int) -> int:
+        """The sequence number of what is in flight under this packet identifier."""
+        spool = self.spool
+        assert spool is not None
+        return spool.floor + (ident - (spool.floor - 1) % 65535 - 1 + 65535) % 65535
 
     def on_pubrec(self, ident: int, code: int) -> int:
         """QoS 2: the client has the message (or, from 0x80, refuses it)."""
@@ -329,8 +552,16 @@ class Session(Receiver):
             return ACK_UNKNOWN
         if state == SENT:
             return ACK_WRONG
+        pending = inflight.stored_of(ident)
+        spool = self.spool
         if code >= 0x80:
             ref = inflight.remove(ident)
+            if spool is not None:
+                seq = self._seq_of(ident)
+                if pending is not None:
+                    spool.finish(seq, pending, inflight)
+                else:
+                    spool.completed(seq, inflight)
             if ref is not None and ref[0] is not None:
                 ref[0].release()
             self.drain()
@@ -343,6 +574,13 @@ class Session(Receiver):
                         ref[0].release()
                     inflight.refs[ident & inflight.mask] = None
             inflight.release(ident)
+        if spool is not None:
+            reply = b"\x62\x02" + IDENTIFIERS[ident]
+            if pending is not None:
+                self.core.journal.released(spool, self._seq_of(ident), pending, self.outbox, reply)
+            else:
+                self.core.journal.reply(self.outbox, reply)
+            return ACK_LATER
         return ACK_OK
 
     def on_pubcomp(self, ident: int) -> int:
@@ -357,7 +595,9 @@ class Session(Receiver):
             return ACK_WRONG
         inflight.remove(ident)
         self.acked += 1
-        if self.queue is not None or self.retained is not None or self.resend is not None:
+        if self.spool is not None:
+            self.spool.completed(self._seq_of(ident), inflight)
+        if self._more():
             self.drain()
         return ACK_OK
 
@@ -408,10 +648,12 @@ class Session(Receiver):
         self.outbox = None
         self.aliases = None
         self.resend = None
+        if self.spool is not None:
+            self.spool.fold()
         if self.retained is not None and self.persistent:
             for message, qos, idents in self.retained:
                 if qos:
-                    self._enqueue(message, qos, True, idents, None, None)
+                    self.offer(message, qos, True, idents, None, None)
         self.retained = None
 
     def resume(self) -> None:
@@ -425,15 +667,21 @@ class Session(Receiver):
             again: Any = deque()
             for ident, state, head, body, ref in inflight.entries():
                 if state == RELEASED:
-                    box.push(b"\x62\x02" + IDENTIFIERS[ident])
+                    if self.spool is not None:  # its release may not be on disk yet
+                        self.core.journal.reply(box, b"\x62\x02" + IDENTIFIERS[ident])
+                    else:
+                        box.push(b"\x62\x02" + IDENTIFIERS[ident])
                     continue
                 if convert:
                     head, body = convert_packet(head, body, self.v5)
                     inflight.heads[ident & inflight.mask] = head
                     inflight.bodies[ident & inflight.mask] = body
                 if len(head) + len(body) + 2 > self.max_packet:  # [MQTT-3.1.2-24]
+                    pending = inflight.stored_of(ident)
                     inflight.remove(ident)
-                    self._count_drop("too_large")
+                    self.count_drop("too_large")
+                    if pending is not None and self.spool is not None:
+                        self.spool.finish(self._seq_of(ident), pending, inflight)
                     if ref is not None and ref[0] is not None:
                         ref[0].release()
                     continue
@@ -469,59 +717,125 @@ class Session(Receiver):
         if inflight is not None and inflight.refs is not None:
             for ident, state, _, _, ref in inflight.entries():
                 if ref is not None and ref[1] is not None and state == SENT and ref[1].elsewhere(self, ref[2]):
+                    pending = inflight.stored_of(ident)
+                    seq = self._seq_of(ident) if pending is not None else 0
                     inflight.remove(ident)
-                    taken.append((ref[2], ref[3], ref[4], ref[5], ref[0], ref[1]))
-        if self.queue is not None:
-            kept: Any = deque()
-            for entry in self.queue:
-                if entry[5] is None or not entry[5].elsewhere(self, entry[0]):
-                    kept.append(entry)
-                else:
-                    self.queue_bytes -= entry[0].size
-                    taken.append(entry)
-            self.queue = kept if kept else None
+                    taken.append((ref[2], ref[3], ref[4], ref[5], ref[0], ref[1], seq, pending))
+        self.queue = self._without_shared(self.queue, taken)
+        if self.spool is not None:
+            self.spool.tail = self._without_shared(self.spool.tail, taken)
         return taken
+
+    def _without_shared(self, queue: Any, taken: list[Any]) -> Any:
+        if queue is None:
+            return None
+        kept: Any = deque()
+        for entry in queue:
+            if entry[5] is None or not entry[5].elsewhere(self, entry[0]):
+                kept.append(entry)
+            else:
+                self.queue_bytes -= entry[0].size
+                taken.append(entry)
+        return kept if kept else None
+
+    def moved(self, entry: Any) -> None:
+        """Another member of the group has what `take_shared` returned."""
+        if entry[7] is not None and self.spool is not None:
+            self.spool.finish(entry[6], entry[7], self.inflight)
 
     def purge(self, filter_topics: Any, reason: str = "unauthorized") -> None:
         """Drop queued messages whose topic `filter_topics(topic)` rejects; what is in flight finishes."""
         if self.retained is not None:
             self.retained = deque(entry for entry in self.retained if filter_topics(entry[0].topic)) or None
-        if self.queue is None:
-            return
+        self.queue = self._purged(self.queue, filter_topics, reason)
+        if self.spool is not None:
+            self.spool.tail = self._purged(self.spool.tail, filter_topics, reason)
+        if self.blocked is not None:
+            self.unblock()
+
+    def _purged(self, queue: Any, filter_topics: Any, reason: str) -> Any:
+        if queue is None:
+            return None
         kept: Any = deque()
-        for entry in self.queue:
+        for entry in queue:
             if filter_topics(entry[0].topic):
                 kept.append(entry)
             else:
-                self._discard(entry, reason)
-        self.queue = kept if kept else None
+                self.discard(entry, reason)
+        return kept if kept else None
+
+    def drop_queue(self, reason: str) -> None:
+        """Give up everything that queues; what is in flight finishes."""
+        if self.spool is not None:
+            self.spool.forget_all(reason)
+            self.core.journal.snapshot(self.spool)
+        else:
+            self.purge(lambda topic: False, reason)
         if self.blocked is not None:
             self.unblock()
+
+    def outdated(self, message: Message) -> str:
+        """Why a message that comes back from disk is not delivered any more; empty when it is."""
+        if message.expires != 0 and message.expires <= self.core.now:
+            return "expired"
+        spec = self.spec
+        age = spec.max_age if spec is not None else self.core.limits.max_queued_age
+        if age and self.core.wall_ms - message.time_ms > age * 1000:
+            return "too_old"
+        withheld: str = self.core.withholds(self, message) if self.core.withholds is not None else ""
+        return withheld
 
     @property
     def queued(self) -> int:
         """Messages waiting, those in flight included."""
-        return (len(self.queue) if self.queue is not None else 0) + (self.inflight.count if self.inflight else 0)
+        return self.waiting + (self.inflight.count if self.inflight else 0)
+
+
+def filter_of(subscription: Subscription) -> bytes:
+    """The filter as the client wrote it."""
+    group = subscription.group
+    name: bytes | None = getattr(group, "name", None)
+    return subscription.filter if name is None else b"$share/" + name + b"/" + subscription.filter
+
+
+def will_fields(will: Message, delay: float, at_ms: int) -> dict[str, Any]:
+    """A will as the journal keeps it: `at_ms` is when it is due on the store's clock, 0 while the client is there."""
+    return {
+        "topic": will.topic.decode(),
+        "payload": b64encode(will.payload).decode(),
+        "qos": will.qos,
+        "retain": bool(will.retain),
+        "properties": b64encode(will.properties).decode(),
+        "expires": will.expires,
+        "delay": delay,
+        "at": at_ms,
+        "origin": will.origin.prefix() + "}" if will.origin is not None else "",
+    }
+
+
+def split_head(head: bytes) -> bytes:
+    """The topic of the first piece of a PUBLISH."""
+    at = 1
+    while head[at] & 128:
+        at += 1
+    return head[at + 3 :]
+
+
+def split_body(body: bytes) -> tuple[bytes, bytes]:
+    """(properties, payload) of the second piece of an MQTT 5 PUBLISH."""
+    size = 0
+    shift = 0
+    at = 0
+    while True:
+        byte = body[at]
+        at += 1
+        size |= (byte & 127) << shift
+        shift += 7
+        if not byte & 128:
+            return body[at : at + size], body[at + size :]
 
 
 def convert_packet(head: bytes, body: bytes, v5: bool) -> tuple[bytes, bytes]:
     """The two pieces of a PUBLISH for the other protocol version: a client may come back with another one."""
-    at = 1
-    while head[at] & 128:
-        at += 1
-    topic = head[at + 3 :]
-    if v5:
-        body = b"\x00" + body
-    else:
-        size = 0
-        shift = 0
-        skip = 0
-        while True:
-            byte = body[skip]
-            skip += 1
-            size |= (byte & 127) << shift
-            shift += 7
-            if not byte & 128:
-                break
-        body = body[skip + size :]
-    return encode_head(topic, head[0], len(body) + 2), body
+    body = b"\x00" + body if v5 else split_body(body)[1]
+    return encode_head(split_head(head), head[0], len(body) + 2), body

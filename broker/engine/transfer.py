@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from broker.engine.inflight import Inflight
+from broker.engine.inflight import RELEASED, SENT, Inflight
 from broker.engine.message import Message, Origin
-from broker.engine.session import Session
+from broker.engine.session import Session, filter_of, split_body, split_head
 
 FORMAT = 1
 
@@ -31,13 +31,11 @@ def export_session(engine: Any, client_id: str) -> dict[str, Any]:
         "expiry": session.expiry,
         "window": session.window,
         "encoded5": session.encoded5,
-        "subscriptions": [
-            (engine.filter_of(s), s.qos, s.no_local, s.rap, s.ident) for s in session.subscriptions or ()
-        ],
+        "subscriptions": [(filter_of(s), s.qos, s.no_local, s.rap, s.ident) for s in session.subscriptions or ()],
         "next_id": inflight.next_id if inflight is not None else 1,
         "inflight": [entry[:4] for entry in inflight.entries()] if inflight is not None else [],
         "received": bytes(session.received) if session.received is not None else b"",
-        "queue": [(_message(entry[0], now), entry[1], entry[2], entry[3]) for entry in session.queue or ()],
+        "queue": [(_message(message, now), qos, retain, idents) for message, qos, retain, idents in _queue(session)],
     }
     session.will = None
     engine.end_session(session)
@@ -61,22 +59,67 @@ def import_session(engine: Any, state: dict[str, Any]) -> Session:
     engine.sessions[client_id] = session
     for filter, qos, no_local, rap, ident in state["subscriptions"]:
         engine.restore_subscription(session, filter, qos, no_local, rap, ident)
+    if state["received"]:
+        session.received = bytearray(state["received"])
+        session.received_count = sum(byte.bit_count() for byte in session.received)
+    queue = [(_restored(fields, core.now), qos, retain, idents) for fields, qos, retain, idents in state["queue"]]
+    if core.journal is not None:
+        _store(session, core.journal, state, queue)
+        engine.start_expiry(session)
+        return session
     if state["inflight"]:
         inflight = session.inflight = Inflight()
         for ident, step, head, body in state["inflight"]:
             inflight.put(ident, step, head, body)
         inflight.next_id = state["next_id"]
-    if state["received"]:
-        session.received = bytearray(state["received"])
-        session.received_count = sum(byte.bit_count() for byte in session.received)
-    if state["queue"]:
+    if queue:
         session.queue = deque()
-        for fields, qos, retain, idents in state["queue"]:
-            message = _restored(fields, core.now)
-            session.queue.append((message, qos, retain, idents, None, None))
+        for message, qos, retain, idents in queue:
+            session.queue.append((message, qos, retain, idents, None, None, 0, None))
             session.queue_bytes += message.size
     engine.start_expiry(session)
     return session
+
+
+def _queue(session: Session) -> list[tuple[Message, int, bool, Any]]:
+    """Everything that queues, oldest first, what is on disk included."""
+    spool = session.spool
+    found = [entry[:4] for entry in session.queue or ()]
+    if spool is not None:
+        for message, taker in spool.journal.fetch(spool, spool.waiting_on_disk()):
+            found.append((message, taker.qos, taker.retain, taker.idents))
+        found.extend(entry[:4] for entry in spool.tail or ())
+    return found
+
+
+def _store(session: Session, journal: Any, state: dict[str, Any], queue: list[tuple[Message, int, bool, Any]]) -> None:
+    """Put an imported session on disk. Its packet identifiers stay, so its sequence numbers begin where they do."""
+    spool = session.spool = journal.open(session)
+    session.stored = True
+    if session.received is not None:
+        spool.marks = {ident for ident in range(1, 65536) if session.seen(ident)}
+    first = state["inflight"][0][0] if state["inflight"] else state["next_id"]
+    spool.floor = spool.sent = first
+    spool.next_seq = first + (state["next_id"] - first) % 65535
+    if state["inflight"]:
+        inflight = session.inflight = Inflight()
+        for ident, step, head, body in state["inflight"]:
+            inflight.put(ident, step, head, body)
+            if step != RELEASED:
+                message = _of_packet(head, body, state["encoded5"])
+                qos = 1 if step == SENT else 2
+                seq = first + (ident - first) % 65535
+                inflight.keep(ident, journal.take(message, spool, seq, qos, bool(head[0] & 1), None, None, True))
+        inflight.next_id = state["next_id"]
+        spool.sent = spool.next_seq
+    for message, qos, retain, idents in queue:
+        session.offer(message, qos, retain, idents, None, None)
+
+
+def _of_packet(head: bytes, body: bytes, v5: bool) -> Message:
+    """The message of a PUBLISH in its two pieces."""
+    properties, payload = split_body(body) if v5 else (b"", body)
+    return Message(split_head(head), payload, (head[0] >> 1) & 3, bool(head[0] & 1), properties, 0.0, None)
 
 
 def _message(message: Message, now: float) -> dict[str, Any]:

@@ -27,3 +27,5 @@ class SessionSpec:
     retain_as_published: bool = True
     max_bytes: int = 1 << 30
     overflow: Overflow = "reject"
+    max_age: float = 0.0
+    """Seconds after which a message that still queues is dropped; 0 for never."""

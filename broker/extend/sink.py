@@ -22,6 +22,8 @@ class Queue(BaseModel):
     """Bytes the queue may hold before `overflow` decides."""
     overflow: Overflow = "reject"
     """What happens to a message that does not fit: reject | block | drop_oldest | drop_newest."""
+    max_age: Duration = 0.0
+    """Seconds after which a message that still queues is dropped; 0 for never."""
 
 
 class Batch(BaseModel):
@@ -67,6 +69,7 @@ class SinkConfig(InstanceConfig):
             retained="always" if self.retained else "never",
             max_bytes=self.queue.max_bytes,
             overflow=self.queue.overflow,
+            max_age=self.queue.max_age,
         )
 
 

@@ -201,6 +201,7 @@ def test_config_schema_is_json_schema_of_every_section(invoke: Invoke) -> None:
         "broker",
         "access",
         "limits",
+        "store",
         "workers",
         "listeners",
         "auth",

@@ -1,0 +1,819 @@
+"""Group commit: what must survive a restart is gathered here and handed to the store many records at a time.
+
+Theory of operation. A message somebody must keep becomes a `Pending`. If it has been sent to an online client it rests
+for one to two `LINGER`s first: what everybody acknowledges meanwhile is never written, and its publisher has the
+acknowledgement already. Everything else goes out with the next commit, which starts at the end of the loop's tick as
+soon as the one before is done. When the store says a commit is on disk, its holds are released in bulk, replies that
+waited (SUBACK, PUBCOMP, PUBREL) are sent and queues are drained.
+
+Space. Records are never changed; a segment is dropped from the front once nothing in it is alive. `live` counts what is
+alive in each segment; when too much of the journal is dead, the oldest segment is copied forward (`compact`).
+"""
+
+import logging
+from collections.abc import Callable
+from typing import IO, Any
+
+from broker.engine import records
+from broker.engine.core import Core
+from broker.engine.message import Message, Origin
+from broker.engine.spool import FAILED, GONE, OPEN, STORED, WRITING, Pending, Spool, stored_at
+
+log = logging.getLogger(__name__)
+
+LINGER = 0.0025
+"""Seconds; a message sent to an online client is written if it is still unacknowledged after one to two of them."""
+FRAME = 262_144
+"""Bytes after which a frame is closed."""
+RETRY = 1.0
+"""Seconds between two attempts to write while the disk is full."""
+KEEP = 128 << 20
+"""Bytes of journal that are never worth copying."""
+SLICE = 400
+"""Records looked at in one go while copying."""
+
+
+class Commit:
+    """What waits for one write."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        """(pending, frame, offset in its body)"""
+        self.snapshots: list[tuple[Spool, int]] = []
+        self.values: list[tuple[bytes, int]] = []
+        self.copies: list[Any] = []
+        """(takers, retained message, old position, frame, offset)"""
+        self.replies: dict[Any, bytearray] = {}
+        self.callbacks: list[Callable[[bool], None]] = []
+        self.holds: list[Any] = []
+        self.notes: list[bytes] = []
+        """Records that are not messages: written again after the disk was full."""
+
+
+class Journal:
+    """The engine's side of the store. `call_later(seconds, callback)` and `scratch()` (a temporary file) are given.
+
+    `clock_ms` is the store's clock now: it goes on from where the last run ended, by the time that has passed.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        store: Any,
+        call_later: Callable[[float, Callable[[], None]], Any],
+        scratch: Callable[[], IO[bytes]],
+        clock_ms: int = 1,
+    ) -> None:
+        self.core = core
+        self.store = store
+        self.call_later = call_later
+        self.scratch = scratch
+        self.spools: dict[int, Spool] = {}
+        self.values: dict[bytes, bytes] = {}
+        """The key-value table."""
+        self.live: dict[int, int] = {}
+        """Records alive in each segment."""
+        self.next_number = 1
+        self.retained_of: Callable[[bytes], Message | None] | None = None
+        self.lost = 0
+        """Queue entries the store could not bring back at start."""
+        self._value_segments: dict[bytes, int] = {}
+        self._origin_clock = clock_ms
+        self._origin_now = core.now
+        self._number = 0
+        self._hot: list[Pending] = []
+        self._young: list[Pending] = []
+        self._old: list[Pending] = []
+        self._dirty: list[Spool] = []
+        self._notes: list[Any] = []
+        """Records to write first: bytes, or a Spool whose snapshot is due, or (key,) of a table entry."""
+        self._copies: list[Any] = []
+        self._freed: dict[Spool, list[int]] = {}
+        self._next = Commit()
+        self._outstanding: dict[int, Commit] = {}
+        self._scheduled = False
+        self._ticking = False
+        self._loads = 0
+        self._compacting = 0
+        """The segment being copied, 0 for none."""
+        self._copying_failed = False
+        self._origins: dict[bytes, Origin] = {}
+        self._origin_bytes: dict[int, tuple[Origin, bytes]] = {}
+        store.owner = self
+
+    # clock ----------------------------------------------------------------------------------------------------
+
+    def clock_ms(self) -> int:
+        """The store's clock, milliseconds."""
+        return self._origin_clock + int((self.core.now - self._origin_now) * 1000)
+
+    def to_clock(self, when: float) -> int:
+        """A moment of the engine's clock on the store's; 0 stays 0 (never)."""
+        if when == 0:
+            return 0
+        return max(1, self._origin_clock + int((when - self._origin_now) * 1000))
+
+    def from_clock(self, clock_ms: int) -> float:
+        """The reverse of `to_clock`."""
+        if clock_ms == 0:
+            return 0.0
+        return self._origin_now + (clock_ms - self._origin_clock) / 1000.0
+
+    @property
+    def refusing(self) -> str:
+        """Why nothing more can be kept at present; empty when it can."""
+        reason: str = self.store.refusing
+        return reason
+
+    # messages -------------------------------------------------------------------------------------------------
+
+    def take(
+        self, message: Message, spool: Spool, seq: int, qos: int, retain: bool, idents: Any, hold: Any, urgent: bool
+    ) -> Pending:
+        """This session must get the message. `hold` is released when it is on disk or need not be."""
+        pending: Pending | None = message.pending
+        if pending is None or pending.state != OPEN:
+            if not message.ident:
+                self.core.stamp(message)
+            pending = message.pending = Pending(message)
+            self._enter(pending, urgent)
+        elif urgent and not pending.urgent:
+            self._hurry(pending)
+        pending.add(spool, seq, qos, retain, idents)
+        if hold is not None and pending.hold is None:
+            pending.hold = hold
+            hold.count += 1
+        return pending
+
+    def _enter(self, pending: Pending, urgent: bool) -> None:
+        if urgent:
+            pending.urgent = True
+            self._hot.append(pending)
+            self.wake()
+        else:
+            self._young.append(pending)
+            if not self._ticking:
+                self._ticking = True
+                self.call_later(LINGER, self._tick)
+
+    def _hurry(self, pending: Pending) -> None:
+        pending.urgent = True
+        self._hot.append(pending)
+        self.wake()
+
+    def hurry(self, message: Message) -> None:
+        """The message goes out with the next commit."""
+        pending: Pending | None = message.pending
+        if pending is not None and pending.state == OPEN and not pending.urgent:
+            self._hurry(pending)
+
+    def settled(self, pending: Pending) -> None:
+        """Nobody needs this unwritten message any more."""
+        if pending.retained:
+            return
+        pending.state = GONE
+        pending.message = None
+        hold = pending.hold
+        if hold is not None:
+            pending.hold = None
+            hold.release()
+
+    def retain(self, message: Message, old: Message | None, hold: Any) -> None:
+        """The message is its topic's retained one now, in place of `old`."""
+        pending: Pending | None = message.pending
+        if pending is None or pending.state != OPEN:
+            if not message.ident:
+                self.core.stamp(message)
+            pending = message.pending = Pending(message)
+            self._enter(pending, hold is not None)
+        pending.retained = True
+        message.kept = pending
+        if hold is not None and pending.hold is None:
+            pending.hold = hold
+            hold.count += 1
+        if old is not None:
+            self.drop_retained(old)
+
+    def unretain(self, old: Message, hold: Any) -> None:
+        """The retained message was removed; `hold` waits until that is on disk."""
+        self.drop_retained(old)
+        self.note(records.encode_cleared(old.topic), hold is not None)
+        if hold is not None:
+            hold.count += 1
+            self._next.holds.append(hold)
+
+    def drop_retained(self, old: Message) -> None:
+        """The message is not its topic's retained one any more."""
+        pending: Pending | None = old.kept
+        old.kept = None
+        if pending is None:
+            return
+        pending.retained = False
+        if pending.state == STORED:
+            self.free(pending.position)
+        elif pending.state == OPEN and pending.left == 0:
+            self.settled(pending)
+
+    def mark(self, message: Message, spool: Spool, ident: int) -> None:
+        """The publisher's QoS 2 identifier is kept in one record with the message, if that is written at all."""
+        pending: Pending | None = message.pending
+        if pending is not None and pending.state == OPEN:
+            pending.publisher = spool
+            pending.publisher_ident = ident
+
+    def forget(self, spool: Spool, ident: int, channel: Any, reply: bytes) -> None:
+        """PUBREL came for an identifier that is on disk (in `spool.marks`): PUBCOMP leaves when that is."""
+        assert spool.marks is not None
+        spool.marks.discard(ident)
+        self._freed.setdefault(spool, []).append(ident)
+        self.reply(channel, reply)
+
+    def released(self, spool: Spool, seq: int, pending: Pending, channel: Any, reply: bytes) -> None:
+        """PUBREC came: PUBREL leaves when that is on disk."""
+        self.free(pending.position)
+        self._notes.append(records.encode_released(spool.number, seq))
+        self.reply(channel, reply)
+
+    # replies --------------------------------------------------------------------------------------------------
+
+    def reply(self, channel: Any, data: bytes) -> None:
+        """Send these bytes once everything noted so far is on disk."""
+        replies = self._next.replies
+        waiting = replies.get(channel)
+        if waiting is None:
+            replies[channel] = bytearray(data)
+        else:
+            waiting += data
+        self.wake()
+
+    def after(self, callback: Callable[[bool], None]) -> None:
+        """Call back once everything noted so far is on disk (True) or could not be written (False)."""
+        self._next.callbacks.append(callback)
+        self.wake()
+
+    def wait(self, hold: Any) -> None:
+        """Release the hold once everything taken so far is on disk."""
+        hold.count += 1
+        self._next.holds.append(hold)
+        for pending in (*self._young, *self._old):
+            if pending.state == OPEN and not pending.urgent:
+                self._hurry(pending)
+        self.wake()
+
+    # sessions -------------------------------------------------------------------------------------------------
+
+    def open(self, session: Any) -> Spool:
+        """A session that is to survive."""
+        spool = Spool(session, self, self.next_number)
+        self.next_number += 1
+        self.spools[spool.number] = spool
+        self.snapshot(spool)
+        return spool
+
+    def snapshot(self, spool: Spool) -> None:
+        """Write the session as a whole."""
+        self._notes.append(spool)
+        self.touch(spool)
+
+    def note(self, record: bytes, soon: bool = False) -> None:
+        """Write a record with the next commit."""
+        self._notes.append(record)
+        if soon:
+            self.wake()
+        elif not self._ticking:
+            self._ticking = True
+            self.call_later(LINGER, self._tick)
+
+    def end(self, spool: Spool) -> None:
+        """The session is over; the caller has given up what it held."""
+        if self.spools.pop(spool.number, None) is None:
+            return
+        if spool.segment:
+            self._less(spool.segment)
+            spool.segment = 0
+        self._freed.pop(spool, None)
+        self.note(records.encode_session(records.END, spool.number))
+
+    def put_value(self, key: bytes, value: bytes, callback: Callable[[bool], None] | None = None) -> None:
+        """Set an entry of the key-value table; an empty value removes it. `callback` hears when it is on disk."""
+        if value:
+            self.values[key] = value
+        else:
+            self.values.pop(key, None)
+        self._notes.append((key,))
+        if callback is not None:
+            self.after(callback)
+        else:
+            self.wake()
+
+    def adopt_value(self, key: bytes, value: bytes, position: int) -> None:
+        """An entry of the table that came back from disk."""
+        segment = position >> 32
+        self.values[key] = value
+        self._value_segments[key] = segment
+        self.live[segment] = self.live.get(segment, 0) + 1
+
+    def touch(self, spool: Spool) -> None:
+        """The session has acknowledgements to record."""
+        self._dirty.append(spool)
+        if not self._ticking:
+            self._ticking = True
+            self.call_later(LINGER, self._tick)
+
+    # accounts of space ----------------------------------------------------------------------------------------
+
+    def free(self, position: int) -> None:
+        """One use of the record at this position is over."""
+        self._less(position >> 32)
+
+    def _less(self, segment: int) -> None:
+        left = self.live.get(segment, 0) - 1
+        if left < 0:
+            return  # of a segment that was dropped meanwhile
+        self.live[segment] = left
+
+    # commits --------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """A commit at the end of this tick, unless one is on its way."""
+        if not self._scheduled and not self._outstanding:
+            self._scheduled = True
+            self.core.flusher.call_soon(self._commit)
+
+    def _tick(self) -> None:
+        self._ticking = False
+        for pending in self._old:
+            if pending.state == OPEN and not pending.urgent:
+                pending.urgent = True
+                self._hot.append(pending)
+        self._old = self._young
+        self._young = []
+        if self._hot or self._dirty or self._notes:
+            self.wake()
+        if self._old:
+            self._ticking = True
+            self.call_later(LINGER, self._tick)
+
+    def _commit(self) -> None:
+        self._scheduled = False
+        if self._outstanding:
+            return
+        if self.store.refusing:
+            self._refuse()
+            return
+        commit = self._next
+        parts: list[bytes] = []
+        frames: list[tuple[bytes, int]] = []
+        size = 0
+        entries = 0
+        if self._notes:
+            notes = self._notes
+            self._notes = []
+            for note in notes:
+                if isinstance(note, bytes):
+                    record = note
+                    commit.notes.append(record)
+                elif isinstance(note, Spool):
+                    if self.spools.get(note.number) is not note:
+                        continue
+                    record = self._snapshot_of(note)
+                    commit.snapshots.append((note, len(frames)))
+                else:
+                    record = records.encode_value(note[0], self.values.get(note[0], b""))
+                    commit.values.append((note[0], len(frames)))
+                parts.append(record)
+                size += len(record)
+                if size >= FRAME:
+                    frames.append((b"".join(parts), 0))
+                    parts = []
+                    size = 0
+        hot = self._hot
+        self._hot = []
+        for pending in hot:
+            if pending.state != OPEN or pending.message is None:
+                continue
+            record = self._encode(pending)
+            pending.state = WRITING
+            commit.items.append((pending, len(frames), size))
+            parts.append(record)
+            size += len(record)
+            entries += pending.left
+            if size >= FRAME:
+                frames.append((b"".join(parts), entries))
+                parts = []
+                size = entries = 0
+        for copy in self._copies:
+            commit.copies.append((*copy[:3], len(frames), size))
+            parts.append(copy[3])
+            size += len(copy[3])
+            if size >= FRAME:
+                frames.append((b"".join(parts), entries))
+                parts = []
+                size = entries = 0
+        self._copies = []
+        # last: a message that went from one session to another is stored before it is forgotten where it was
+        for spool, idents in self._freed.items():
+            commit.notes.append(records.encode_freed(spool.number, idents))
+            parts.append(commit.notes[-1])
+        self._freed = {}
+        for spool in self._dirty:
+            spool.dirty = False
+            done = spool.done
+            spool.done = None
+            if done is not None and self.spools.get(spool.number) is spool:
+                floor = spool.floor
+                commit.notes.append(records.encode_acked(spool.number, floor, [seq for seq in done if seq >= floor]))
+                parts.append(commit.notes[-1])
+        self._dirty = []
+        if parts:
+            frames.append((b"".join(parts), entries))
+        if not frames and not commit.replies and not commit.callbacks and not commit.holds:
+            return
+        self._next = Commit()
+        self._number += 1
+        self._outstanding[self._number] = commit
+        if frames:
+            self.store.write(self._number, frames, self.clock_ms())
+        else:
+            self.written(self._number, [])
+
+    def _refuse(self) -> None:
+        """The store takes nothing: for now (what is not a message waits), or until a restart."""
+        if self.store.refusing == "full":
+            self._scheduled = True
+            self.call_later(RETRY, self._commit)
+            return
+        commit = self._next
+        self._next = Commit()
+        for pending in self._hot:
+            if pending.state == OPEN:
+                commit.items.append((pending, 0, 0))
+        self._hot = []
+        self._notes = []
+        self._freed = {}
+        self._fail(commit, 0x83)
+
+    def _encode(self, pending: Pending) -> bytes:
+        message = pending.message
+        assert message is not None
+        takers = b""
+        count = 0
+        if pending.spool is not None:
+            count = 1
+            takers = records.encode_taker(
+                pending.spool.number, pending.seq, pending.qos, pending.retain, pending.idents
+            )
+        if pending.more:
+            count += len(pending.more)
+            takers += b"".join(
+                [
+                    records.encode_taker(spool.number, seq, qos, retain, idents)
+                    for spool, seq, qos, retain, idents in pending.more
+                ]
+            )
+        publisher = pending.publisher
+        return records.encode_put(
+            message,
+            pending.retained,
+            self.to_clock(message.expires),
+            publisher.number if publisher is not None else 0,
+            pending.publisher_ident,
+            count,
+            takers,
+            self._origin_of(message),
+        )
+
+    def _origin_of(self, message: Message) -> bytes:
+        origin = message.origin
+        if origin is None:
+            return b""
+        known = self._origin_bytes.get(id(origin))
+        if known is not None and known[0] is origin:
+            return known[1]
+        raw = records.encode_origin(origin)
+        if len(self._origin_bytes) > 4096:
+            self._origin_bytes.clear()
+        self._origin_bytes[id(origin)] = (origin, raw)
+        return raw
+
+    def _snapshot_of(self, spool: Spool) -> bytes:
+        session = spool.session
+        unacknowledged, released = spool.open_numbers()
+        fields = session.snapshot(self)
+        fields["n"] = spool.next_seq
+        fields["f"] = spool.floor
+        fields["s"] = spool.sent
+        fields["open"] = unacknowledged
+        fields["rel"] = released
+        fields["gone"] = sorted(spool.gone) if spool.gone else []
+        fields["marks"] = sorted(spool.marks) if spool.marks else []
+        return records.encode_json(records.META, spool.number, fields)
+
+    def written(self, number: int, places: list[tuple[int, int]]) -> None:
+        """The store: this commit is as safe as `durability` says; where each of its frames begins."""
+        commit = self._outstanding.pop(number)
+        bases = [segment << 32 | offset for segment, offset in places]
+        live = self.live
+        for segment, _ in places:
+            live.setdefault(segment, 0)
+        owners: dict[Any, None] = {}
+        affected: dict[Spool, None] = {}
+        for pending, frame, offset in commit.items:
+            position = bases[frame] + offset
+            pending.position = position
+            pending.state = STORED
+            pending.message = None
+            alive = pending.left
+            if pending.retained:
+                alive += 1
+            live[position >> 32] += alive
+            hold = pending.hold
+            if hold is not None:
+                pending.hold = None
+                if _let_go(hold):
+                    owners[hold.owner] = None
+                    hold.owner = None
+            publisher = pending.publisher
+            if publisher is not None:
+                pending.publisher = None
+                ident = pending.publisher_ident
+                if publisher.session.seen(ident):
+                    if publisher.marks is None:
+                        publisher.marks = set()
+                    publisher.marks.add(ident)
+                else:
+                    self.note(records.encode_freed(publisher.number, [ident]))
+            spool = pending.spool
+            if spool is not None and (spool.tail is not None or spool.session.queue is not None):
+                affected[spool] = None
+            if pending.more:
+                for entry in pending.more:
+                    if entry[0].tail is not None or entry[0].session.queue is not None:
+                        affected[entry[0]] = None
+        for spool, frame in commit.snapshots:
+            if self.spools.get(spool.number) is spool:
+                if spool.segment:
+                    self._less(spool.segment)
+                spool.segment = bases[frame] >> 32
+                live[spool.segment] += 1
+        for key, frame in commit.values:
+            before = self._value_segments.pop(key, 0)
+            if before:
+                self._less(before)
+            if key in self.values:
+                self._value_segments[key] = bases[frame] >> 32
+                live[bases[frame] >> 32] += 1
+        for takers, message, old, frame, offset in commit.copies:
+            self._copied(takers, message, old, bases[frame] + offset)
+        for hold in commit.holds:
+            if _let_go(hold):
+                owners[hold.owner] = None
+                hold.owner = None
+        for channel, data in commit.replies.items():
+            channel.push_live(bytes(data))
+        for callback in commit.callbacks:
+            callback(True)
+        for owner in owners:
+            owner.on_released()
+        for spool in affected:
+            spool.settle()
+        self._tidy()
+        if self._due:
+            self.wake()
+
+    def failed(self, number: int, error: Any) -> None:
+        """The store: this commit could not be written, nothing of it is acknowledged. What is not a message is written
+        when there is space again; after any other error the store is read-only."""
+        commit = self._outstanding.pop(number)
+        if error.full:
+            again: list[Any] = [spool for spool, _ in commit.snapshots]
+            again.extend((key,) for key, _ in commit.values)
+            self._notes = again + commit.notes + self._notes
+            for channel, data in commit.replies.items():
+                waiting = self._next.replies.get(channel)
+                self._next.replies[channel] = data if waiting is None else data + waiting
+            commit.replies = {}
+        self._fail(commit, 0x97 if error.full else 0x83)
+        if commit.copies or (error.full and commit.snapshots):
+            self._copying_failed = True
+        self.wake()
+
+    def _fail(self, commit: Commit, code: int) -> None:
+        affected: dict[Spool, None] = {}
+        for pending, _, _ in commit.items:
+            pending.state = FAILED
+            hold = pending.hold
+            pending.hold = None
+            for taker in pending.takers():
+                affected[taker[0]] = None
+            pending.message = None
+            if hold is not None:
+                hold.fail(code)
+        self.core.count("store_failed", max(1, len(commit.items)))
+        for hold in commit.holds:
+            hold.fail(code)
+        for callback in commit.callbacks:
+            callback(False)
+        for spool in affected:
+            spool.settle()
+
+    # reading back ---------------------------------------------------------------------------------------------
+
+    def load(self, spool: Spool, entries: list[Any]) -> None:
+        """Read the messages of these backlog entries; `spool.loaded` gets them."""
+        self._loads += 1
+
+        def done(found: list[bytes | None]) -> None:
+            self._loads -= 1
+            messages = []
+            clock = self.clock_ms()
+            for entry, record in zip(entries, found, strict=True):
+                messages.append(self._read(spool, entry, record, clock))
+            spool.loaded(messages)
+            if not self._loads:
+                self._tidy()
+
+        self.store.read([entry[1] for entry in entries], done)
+
+    def fetch(self, spool: Spool, entries: list[Any]) -> list[Any]:
+        """(message, taker) of these backlog entries, read at once; those that cannot be read are left out."""
+        clock = self.clock_ms()
+        records_found = self.store.fetch([entry[1] for entry in entries])
+        found = [self._read(spool, e, record, clock) for e, record in zip(entries, records_found, strict=True)]
+        return [pair for pair in found if pair is not None]
+
+    def _read(self, spool: Spool, entry: Any, record: bytes | None, clock: int) -> Any:
+        """(message, taker), None when the record is not what it should be."""
+        try:
+            if record is None or record[0] != records.PUT:
+                raise records.RecordError("it is not there")
+            payload = record[records.HEADER :]
+            for taker in records.decode_takers(payload):
+                if taker.session == spool.number and taker.seq == entry[0]:
+                    return records.decode_message(payload, self.core.now, clock, self._origins), taker
+            raise records.RecordError("it is another message")
+        except records.RecordError as error:
+            log.error(
+                "a message for client %r cannot be read back from segment %d of the store: %s; it is lost",
+                spool.session.client_id,
+                entry[1] >> 32,
+                error,
+            )
+            return None
+
+    # space ----------------------------------------------------------------------------------------------------
+
+    def _tidy(self) -> None:
+        """Drop segments nobody needs from the front; start copying one when too much of the journal is dead."""
+        if self._compacting or self._loads:
+            return
+        sizes: dict[int, int] = self.store.sizes()
+        if len(sizes) < 2:
+            return
+        segments = sorted(sizes)
+        for segment in segments[:-1]:
+            if self.live.get(segment, 0) > 0:
+                break
+            self.live.pop(segment, None)
+            self.store.drop(segment)
+            sizes.pop(segment)
+        total = sum(sizes.values())
+        if total <= KEEP or len(sizes) < 2:
+            return
+        whole = sum(self.live.values()) or 1
+        # an entry is worth the average: sizes of single records are not kept
+        needed = min(total, whole * self._average(sizes))
+        if total > 2 * needed + KEEP:
+            self._compact(min(sizes))
+
+    def _average(self, sizes: dict[int, int]) -> float:
+        """Bytes a living record takes at most: the densest segment tells."""
+        densest = max(self.live.get(segment, 0) / size for segment, size in sizes.items() if size)
+        return 1 / densest if densest else 0.0
+
+    def _compact(self, segment: int) -> None:
+        """Copy what lives in the oldest segment to the end, then drop it."""
+        self._compacting = segment
+        self._copying_failed = False
+        log.debug("copying what is alive in segment %d of the store", segment)
+        for spool in self.spools.values():
+            if spool.segment == segment:
+                self._notes.append(spool)
+        for key, where in self._value_segments.items():
+            if where == segment:
+                self._notes.append((key,))
+        self.store.read_segment(segment, self._segment_read)
+
+    def _segment_read(self, found: list[tuple[int, bytes]]) -> None:
+        at = 0
+
+        def go_on() -> None:
+            nonlocal at
+            end = min(len(found), at + SLICE)
+            for position, record in found[at:end]:
+                if record[0] == records.PUT:
+                    self._copy(position, record)
+            at = end
+            if at < len(found):
+                self.call_later(0.0, go_on)
+            else:
+                self.after(self._compacted)
+
+        go_on()
+
+    def _copy(self, position: int, record: bytes) -> None:
+        payload = record[records.HEADER :]
+        flags = payload[0]
+        takers = []
+        for taker in records.decode_takers(payload):
+            spool = self.spools.get(taker.session)
+            if spool is not None and spool.alive(taker.seq, position):
+                takers.append((spool, taker.seq, taker.qos, taker.retain, taker.idents))
+        retained: Message | None = None
+        if flags & records.RETAINED and self.retained_of is not None:
+            retained = self.retained_of(records.put_topic(payload))
+            if retained is not None and (retained.kept is None or retained.kept.position != position):
+                retained = None
+        if not takers and retained is None:
+            return
+        message = records.decode_message(payload, self.core.now, self.clock_ms(), self._origins)
+        again = records.encode_put(
+            message,
+            retained is not None,
+            self.to_clock(message.expires),
+            0,
+            0,
+            len(takers),
+            b"".join(
+                [records.encode_taker(s.number, seq, qos, retain, idents) for s, seq, qos, retain, idents in takers]
+            ),
+            self._origin_of(message),
+        )
+        self._copies.append((takers, retained, position, again))
+
+    def _copied(self, takers: list[Any], retained: Message | None, old: int, position: int) -> None:
+        alive = 0
+        for spool, seq, _, _, _ in takers:
+            if self.spools.get(spool.number) is spool and spool.relocate(seq, position, old):
+                alive += 1
+        if retained is not None and retained.kept is not None and retained.kept.position == old:
+            if retained.kept.left or takers:
+                retained.kept = stored_at(position)
+            else:
+                retained.kept.position = position
+            alive += 1
+        self.live[position >> 32] += alive
+
+    def _compacted(self, written: bool) -> None:
+        segment = self._compacting
+        self._compacting = 0
+        if written and not self._copying_failed:
+            self._drop_copied(segment)
+
+    def _drop_copied(self, segment: int) -> None:
+        if self._loads:
+            self.call_later(0.05, lambda: self._drop_copied(segment))
+            return
+        self.live.pop(segment, None)
+        self.store.drop(segment)
+        self._tidy()
+
+    # a look inside --------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits to be written."""
+        return not (self._young or self._old or self._outstanding or self._due)
+
+    @property
+    def _due(self) -> bool:
+        """Whether there is something for the next commit."""
+        after = self._next
+        return bool(
+            self._hot
+            or self._notes
+            or self._dirty
+            or self._freed
+            or self._copies
+            or after.replies
+            or after.callbacks
+            or after.holds
+        )
+
+    def flush(self) -> None:
+        """Everything taken so far goes out with the next commit."""
+        for pending in (*self._young, *self._old):
+            if pending.state == OPEN and not pending.urgent:
+                self._hurry(pending)
+        self.wake()
+
+
+def _let_go(hold: Any) -> bool:
+    """Take one reason off a hold; True when its owner is to look."""
+    hold.count -= 1
+    return hold.count <= 0 and hold.owner is not None and hold.done
+
+
+def restored(message: Message, position: int) -> None:
+    """A retained message that came back from disk."""
+    message.kept = stored_at(position)

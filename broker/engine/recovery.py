@@ -1,0 +1,306 @@
+"""What the journal says at start, made into sessions and retained messages again.
+
+Records are read in the order in which they were written and each is small news: later ones win. A record that cannot be
+what it says is left out alone, counted and named in the log; everything else is loaded.
+"""
+
+import logging
+from base64 import b64decode
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from broker.engine import records
+from broker.engine.backlog import Backlog
+from broker.engine.inflight import RELEASED, Inflight
+from broker.engine.journal import Journal, restored
+from broker.engine.message import Message, Origin
+from broker.engine.session import NEVER, Session
+from broker.engine.spool import Spool
+from broker.engine.topics import split_share
+
+log = logging.getLogger(__name__)
+
+REPORTED = 10
+"""Bad records named in the log one by one."""
+
+
+class _Found:
+    """One session while records are read. `entries` is seq → (position, size, time)."""
+
+    __slots__ = ("done", "entries", "fields", "floor", "marks", "next_seq", "released", "segment", "subscriptions")
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Any] | None = None
+        self.subscriptions: dict[str, list[Any]] = {}
+        self.entries: dict[int, tuple[int, int, int]] = {}
+        self.floor = 1
+        self.done: set[int] = set()
+        self.released: set[int] = set()
+        self.marks: set[int] = set()
+        self.next_seq = 1
+        self.segment = 0
+
+
+class Recovery:
+    """Feed it every frame of the journal, then `install` what it has found."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[int, _Found] = {}
+        self.ended: set[int] = set()
+        self.retained: dict[bytes, tuple[int, bytes]] = {}
+        self.values: dict[bytes, tuple[int, bytes]] = {}
+        self.highest = 0
+        self.bad = 0
+        """Records that made no sense."""
+        self.queued = 0
+        self.expired: list[Session] = []
+        """Ended while the broker was down."""
+
+    def read(self, segment: int, offset: int, body: bytes) -> None:
+        """One frame: where its body begins, and the body."""
+        base = segment << 32 | offset
+        try:
+            for at, kind, payload in records.iterate(body):
+                try:
+                    self._one(base + at, kind, payload)
+                except (records.RecordError, KeyError, TypeError, ValueError) as error:
+                    self._reject(base + at, kind, error)
+        except records.RecordError as error:
+            self._reject(base, 0, error)
+
+    def _reject(self, position: int, kind: int, error: Exception) -> None:
+        self.bad += 1
+        if self.bad <= REPORTED:
+            log.error(
+                "store segment %d, offset %d: a record of kind %s makes no sense and is left out: %s",
+                position >> 32,
+                position & 0xFFFFFFFF,
+                records.KINDS.get(kind, kind),
+                error,
+            )
+
+    def _session(self, number: int) -> _Found:
+        found = self.sessions.get(number)
+        if found is None:
+            if number == 0:
+                raise records.RecordError("session 0")
+            found = self.sessions[number] = _Found()
+            self.highest = max(self.highest, number)
+        return found
+
+    def _one(self, position: int, kind: int, payload: bytes) -> None:
+        if kind == records.PUT:
+            self._put(position, payload)
+        elif kind == records.ACKED:
+            number, floor, seqs = records.decode_acked(payload)
+            found = self._session(number)
+            found.floor = max(found.floor, floor)
+            for seq in seqs:
+                found.entries.pop(seq, None)
+                found.released.discard(seq)
+                found.done.add(seq)
+        elif kind == records.RELEASED:
+            number, seq = records.decode_released(payload)
+            found = self._session(number)
+            found.entries.pop(seq, None)
+            found.released.add(seq)
+        elif kind == records.META:
+            self._snapshot(position, payload)
+        elif kind == records.LIFE:
+            number, fields = records.decode_json(payload)
+            found = self._session(number)
+            if found.fields is not None:
+                found.fields.update(fields)
+        elif kind == records.SUBSCRIBED:
+            number, fields = records.decode_json(payload)
+            subscription = fields["sub"]
+            self._session(number).subscriptions[subscription[0]] = subscription
+        elif kind == records.UNSUBSCRIBED:
+            self._session(records.decode_session(payload)).subscriptions.pop(payload[4:].decode(), None)
+        elif kind == records.FREED:
+            number, idents = records.decode_freed(payload)
+            self._session(number).marks.difference_update(idents)
+        elif kind == records.END:
+            number = records.decode_session(payload)
+            self.highest = max(self.highest, number)
+            self.sessions.pop(number, None)
+            self.ended.add(number)
+        elif kind == records.CLEARED:
+            self.retained.pop(payload, None)
+        elif kind == records.VALUE:
+            key, value = records.decode_value(payload)
+            if value:
+                self.values[key] = (position, value)
+            else:
+                self.values.pop(key, None)
+        else:
+            raise records.RecordError(f"kind {kind} is not known")
+
+    def _put(self, position: int, payload: bytes) -> None:
+        flags, time_ms, _, publisher, ident = records.put_fields(payload)
+        topic = records.put_topic(payload)
+        size = len(payload) - records.PUT_FIXED
+        for taker in records.decode_takers(payload):
+            if taker.session in self.ended:
+                continue
+            found = self._session(taker.session)
+            if taker.seq >= found.next_seq:
+                found.next_seq = taker.seq + 1
+            if taker.seq >= found.floor and taker.seq not in found.done and taker.seq not in found.released:
+                found.entries[taker.seq] = (position, size, time_ms // 1000)
+        if publisher and publisher not in self.ended:
+            self._session(publisher).marks.add(ident)
+        if flags & records.RETAINED:
+            self.retained[topic] = (position, payload)
+
+    def _snapshot(self, position: int, payload: bytes) -> None:
+        number, fields = records.decode_json(payload)
+        if not isinstance(fields["c"], str) or not fields["c"]:
+            raise records.RecordError("a session without its client id")
+        found = self._session(number)
+        floor, sent = int(fields["f"]), int(fields["s"])
+        if floor < 1 or sent < floor:
+            raise records.RecordError("a session with impossible sequence numbers")
+        unacknowledged = set(fields["open"])
+        gone = set(fields["gone"])
+        released = set(fields["rel"])
+        found.entries = {
+            seq: entry
+            for seq, entry in found.entries.items()
+            if seq >= floor and seq not in gone and seq not in released and (seq >= sent or seq in unacknowledged)
+        }
+        # a message whose first copy was dropped with its segment may come again behind this record: it says who is done
+        found.done = gone | {seq for seq in range(floor, sent) if seq not in unacknowledged and seq not in released}
+        found.released = released
+        found.marks = set(fields["marks"])
+        found.floor = floor
+        found.next_seq = max(found.next_seq, int(fields["n"]))
+        found.subscriptions = {entry[0]: entry for entry in fields["subs"]}
+        found.fields = fields
+        found.segment = position >> 32
+
+    # putting it in place --------------------------------------------------------------------------------------
+
+    def install(self, engine: Any, journal: Journal) -> None:
+        """Make the sessions, queues, retained messages and table entries effective. What expired meanwhile is not."""
+        journal.next_number = self.highest + 1
+        live = journal.live
+        for key, (position, value) in self.values.items():
+            journal.adopt_value(key, value, position)
+        clock = journal.clock_ms()
+        for number, found in self.sessions.items():
+            fields = found.fields
+            if fields is None:
+                if found.entries or found.subscriptions:
+                    self._reject(0, records.META, records.RecordError(f"session {number} has no snapshot"))
+                continue
+            if fields["c"] in engine.sessions:
+                self._reject(found.segment << 32, records.META, records.RecordError("a client id has two sessions"))
+                continue
+            self._install_session(engine, journal, number, found, clock)
+        origins: dict[bytes, Origin] = {}
+        for position, payload in self.retained.values():
+            message = records.decode_message(payload, engine.core.now, clock, origins)
+            if message.expires != 0 and message.expires <= engine.core.now:
+                continue
+            message.retain = True
+            if engine.retained_store.store(message):
+                restored(message, position)
+                live[position >> 32] = live.get(position >> 32, 0) + 1
+            else:
+                engine.core.drop("retained_full")
+        for session in self.expired:
+            engine.end_session(session)
+
+    def _install_session(self, engine: Any, journal: Journal, number: int, found: _Found, clock: int) -> None:
+        fields = found.fields
+        assert fields is not None
+        ends = int(fields["x"])
+        expiry = float(fields["e"])
+        if fields["on"]:  # the connection ended with the broker
+            ends = int(clock + expiry * 1000) if expiry < NEVER else 0
+        session = Session(fields["c"], engine.core)
+        spool = Spool(session, journal, number)
+        journal.spools[number] = spool
+        spool.segment = found.segment
+        journal.live[found.segment] = journal.live.get(found.segment, 0) + 1
+        session.spool = spool
+        session.stored = True
+        session.persistent = True
+        session.owner = fields["o"]
+        session.expiry = expiry
+        session.window = int(fields["w"])
+        session.encoded5 = session.v5 = bool(fields["v5"])
+        engine.sessions[session.client_id] = session
+        self._restore_queue(journal, session, spool, found)
+        if found.marks:
+            spool.marks = set(found.marks)
+            for ident in found.marks:
+                session.remember(ident)
+        worker = session.client_id.startswith("isthmus/")
+        for filter, qos, no_local, rap, ident in found.subscriptions.values():
+            raw = filter.encode()
+            if worker:  # made effective when the configuration is applied
+                engine.remember_subscription(session, raw, qos, rap)
+            elif not raw.startswith(b"$share/") or split_share(raw) is not None:
+                engine.restore_subscription(session, raw, qos, no_local, rap, ident)
+        if ends:
+            session.ends_at = journal.from_clock(ends)
+        engine.continue_session(session, _will(fields["will"], journal))
+        if ends and ends <= clock:
+            self.expired.append(session)
+
+    def _restore_queue(self, journal: Journal, session: Session, spool: Spool, found: _Found) -> None:
+        floor = found.floor
+        alive = sorted(seq for seq in found.entries if seq >= floor)
+        released = sorted(seq for seq in found.released if seq >= floor)
+        spool.next_seq = max(found.next_seq, floor, *(s + 1 for s in alive[-1:]), *(s + 1 for s in released[-1:]))
+        spool.floor = spool.sent = min(alive[:1] + released[:1] + [spool.next_seq])
+        # nobody knows which of these the client has got already, at most as many as its window takes
+        spool.again_below = alive[min(len(alive), session.window) - 1] + 1 if alive else 0
+        if released:
+            inflight = session.inflight = Inflight()
+            for seq in released:
+                inflight.put((seq - 1) % 65535 + 1, RELEASED, b"", b"")
+            inflight.next_id = (spool.next_seq - 1) % 65535 + 1
+            if not alive:
+                spool.sent = spool.next_seq
+        if alive:
+            backlog = spool.backlog = Backlog(journal.scratch)
+            live = journal.live
+            for seq in alive:
+                position, size, time = found.entries[seq]
+                backlog.append(seq, position, size, time)
+                session.queue_bytes += size
+                live[position >> 32] = live.get(position >> 32, 0) + 1
+            self.queued += len(alive)
+        found.entries = {}
+
+
+def _will(fields: dict[str, Any] | None, journal: Journal) -> tuple[Message, float, float] | None:
+    """(will, its delay, when it is due on the engine's clock or 0)."""
+    if fields is None:
+        return None
+    origin = records.decode_origin(fields["origin"].encode()) if fields["origin"] else None
+    will = Message(
+        fields["topic"].encode(),
+        b64decode(fields["payload"]),
+        int(fields["qos"]),
+        bool(fields["retain"]),
+        b64decode(fields["properties"]),
+        float(fields["expires"]),
+        origin,
+    )
+    return will, float(fields["delay"]), journal.from_clock(int(fields["at"]))
+
+
+def recover(frames: Iterable[tuple[int, int, bytes]], progress: Callable[[int], None] | None = None) -> Recovery:
+    """Read every (segment, offset of the body, body); `progress` hears the bytes read so far."""
+    recovery = Recovery()
+    done = 0
+    for segment, offset, body in frames:
+        recovery.read(segment, offset, body)
+        if progress is not None:
+            done += len(body)
+            progress(done)
+    return recovery
