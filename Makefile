@@ -11,7 +11,7 @@ NAME ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak dist clean
+.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak power chaos dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -75,6 +75,13 @@ matrix: servers  ## the tests on every supported Python found on this machine
 
 soak: setup servers  ## the long forms: everything marked slow, three times
 	for n in 1 2 3; do ISTHMUS_SOAK=1 $(BIN)/python -m pytest -m slow --timeout 900 $(ARGS) || exit 1; done
+
+ROUNDS ?= 200
+chaos: compile servers  ## kill -9 the broker and its workers at random under load: make chaos ROUNDS=20
+	$(BIN)/python -m tests.chaos --rounds $(ROUNDS) $(ARGS)
+
+power: setup  ## cut the power 200 times and count what is lost; ARGS="--states 20 --seed 7"
+	$(BIN)/python -m tests.power --ext4 50 $(ARGS)
 
 dist: $(STAMP)  ## wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

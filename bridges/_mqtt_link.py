@@ -58,16 +58,25 @@ class Link:
     async def add(self, opening: asyncio.Future[Connection]) -> Connection:
         """Wait for one more connection while those before must hold; raises ConnectionError of the first to end."""
         waiting: set[asyncio.Future[Any]] = {opening, self.lost}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await _give_up(opening)
+            raise
         if self.lost.done():
-            opening.cancel()
-            (result,) = await asyncio.gather(opening, return_exceptions=True)
-            if isinstance(result, Connection):
-                result.abort()
+            await _give_up(opening)
             await self.lost
         conn = await opening
         self.connections.append(conn)
         return conn
+
+
+async def _give_up(opening: asyncio.Future[Connection]) -> None:
+    """Whatever comes of it: no connection stays and no error is left unread."""
+    opening.cancel()
+    (result,) = await asyncio.gather(opening, return_exceptions=True)
+    if isinstance(result, Connection):
+        result.abort()
 
 
 class _Side(Handler):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import functools
 import gc
 import logging
 import os
@@ -16,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from broker import identity
 from broker.access.gate import AccessError, AccessGate
@@ -60,7 +60,7 @@ RESTART_ONLY = ("broker.name", "broker.data", "broker.durability", "store.interv
 
 
 SWITCH = 0.0005
-"""Seconds the loop may keep the interpreter from the store's writer: at Python's 5 ms a commit takes ten times longer."""
+"""Seconds the loop may keep the interpreter from the store: at Python's 5 ms a commit takes ten times longer."""
 
 LOSS = {
     "flush": "what is acknowledged is on disk: neither a crash nor a power cut loses it",
@@ -180,8 +180,7 @@ class Broker:
                 LONGEST_PAUSE // 86_400,
             )
         clock_ms = recovered.last_clock_ms + min(max(passed, 0), LONGEST_PAUSE * 1000) + 1
-        scratch = functools.partial(tempfile.TemporaryFile, "w+b", dir=folder)
-        journal = Journal(engine.core, self.store, self._loop.call_later, scratch, clock_ms)
+        journal = Journal(engine.core, self.store, self._loop.call_later, self._scratch, clock_ms)
         journal.lost = recovered.lost
         self.journal = journal
         engine.use_journal(journal)
@@ -193,6 +192,10 @@ class Broker:
             engine.retained_store.count,
             recovered.lost + recovery.bad,
         )
+
+    def _scratch(self) -> IO[bytes]:
+        """A file without a name, for what need not survive."""
+        return tempfile.TemporaryFile(dir=self._data / "store")
 
     def _warn_of_orphan(self, name: str, left: int) -> None:
         log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -34,6 +35,8 @@ def take(data: Path) -> Node:
     Raises DataFolderBusy while another broker holds the lock, OSError when the folder cannot be written.
     """
     data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # its parent may be closed to us: then somebody else made the folder
+        _sync(data.parent)
     lock = open(data / "isthmus.lock", "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the process
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,7 +55,23 @@ def take(data: Path) -> Node:
         raise OSError(f"{path} is damaged; restore it, or delete it to be given a new node number") from None
     boot += 1
     fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps({"number": number, "boot": boot}) + "\n", encoding="utf-8")
-    os.chmod(fresh, 0o600)
+    with open(fresh, "w", encoding="utf-8", opener=_private) as file:
+        file.write(json.dumps({"number": number, "boot": boot}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(fresh, path)
+    _sync(data)
     return Node(number, boot, lock)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in it survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

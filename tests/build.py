@@ -74,9 +74,12 @@ def copy_pure(target: Path) -> None:
     """The tree as a user without a compiler has it."""
     for name in COPIED:
         source = ROOT / name
+        generated = ("*.c",) if name == "broker" else ()
         if source.is_dir():
             shutil.copytree(
-                source, target / name, ignore=shutil.ignore_patterns("*.so", "*.pyd", "*.c", "__pycache__", "mqttload")
+                source,
+                target / name,
+                ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "mqttload", *generated),
             )
         elif source.exists():
             shutil.copy2(source, target / name)

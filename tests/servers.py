@@ -980,7 +980,8 @@ def _start_kafka(
     options: Sequence[str],
 ) -> Process:
     shutil.copytree(home / "formatted", where / "data")
-    (where / "server.properties").write_text(_kafka_properties(where, port, free_port(), more, certs, proxy))
+    controller = next(p for p in iter(free_port, None) if p != port and p not in more.values())
+    (where / "server.properties").write_text(_kafka_properties(where, port, controller, more, certs, proxy))
     java, *rest = _java(home)
     process = Process([java, *options, *rest, "kafka.Kafka", where / "server.properties"], where / "log")
     process.wait_until(lambda: accepts(port) and _kafka_answers(f"127.0.0.1:{port}"), 40, "Kafka")

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import ssl
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -99,7 +100,8 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._received = self._sent = False
         self._pinged = 0.0  # when the ping was sent that waits for its answer; uvloop's own clock counts whole ticks
-        self._pong: asyncio.Future[float] | None = None
+        self._pongs: deque[asyncio.Future[float] | None] = deque()
+        """Who waits for the answer to each ping on the way."""
         self.round_trip: float | None = None
         """Seconds the last ping took."""
 
@@ -238,11 +240,9 @@ class Connection(asyncio.Protocol):
         """Seconds until the broker has answered, and so has read everything sent before; raises ConnectionError."""
         if not self._open:
             raise self._error or ConnectionError("the connection is closed")
-        if self._pong is None:
-            self._pong = self._loop.create_future()
-        pong = self._pong
-        self._ping()
-        return await asyncio.shield(pong)
+        pong: asyncio.Future[float] = self._loop.create_future()
+        self._ping(pong)
+        return await pong
 
     async def drain(self) -> None:
         """Returns when the transport takes more; raises ConnectionError when the connection has ended."""
@@ -361,9 +361,9 @@ class Connection(asyncio.Protocol):
         if self._pinged:
             self.round_trip = time.monotonic() - self._pinged
             self._pinged = 0.0
-            pong, self._pong = self._pong, None
-            if pong is not None and not pong.done():
-                pong.set_result(self.round_trip)
+        pong = self._pongs.popleft() if self._pongs else None
+        if pong is not None and not pong.done():
+            pong.set_result(self.round_trip or 0.0)
 
     def _on_connack(self, body: bytes) -> None:
         if self._connected.done():
@@ -427,8 +427,9 @@ class Connection(asyncio.Protocol):
         self._received = self._sent = False
         self._timer = self._loop.call_later(self._keep_alive / 2, self._check_alive)
 
-    def _ping(self) -> None:
+    def _ping(self, pong: asyncio.Future[float] | None = None) -> None:
         self._pinged = time.monotonic()
+        self._pongs.append(pong)
         self.send(packets.encode_pingreq())
 
     def _break(self, error: Exception, code: int | None) -> None:
@@ -462,10 +463,11 @@ class Connection(asyncio.Protocol):
             if not answer.done():
                 answer.set_exception(error or ConnectionError("the connection is closed"))
                 answer.exception()  # nobody may be waiting any more
-        pong, self._pong = self._pong, None
-        if pong is not None and not pong.done():
-            pong.set_exception(error or ConnectionError("the connection is closed"))
-            pong.exception()
+        while self._pongs:
+            pong = self._pongs.popleft()
+            if pong is not None and not pong.done():
+                pong.set_exception(error or ConnectionError("the connection is closed"))
+                pong.exception()
         self._wake()
         if was_open:
             self._handler.on_lost(self, error)

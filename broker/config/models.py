@@ -65,7 +65,7 @@ class LimitsConfig(Section):
     max_queued_age: Duration = 0.0
     """Seconds after which a message in a device's queue is dropped; 0 for never."""
     queue_overflow: Literal["drop_oldest", "drop_newest", "reject"] = "drop_oldest"
-    """What a full queue of a device does: drop_oldest (QoS 0 first) | drop_newest | reject (the publisher gets 0x97)."""
+    """What a full queue of a device does: drop_oldest (QoS 0 first) | drop_newest | reject (answered with 0x97)."""
     session_expiry: Duration = 7_200.0
     """Seconds a disconnected session lives at most; 3.x sessions get this."""
     connect_timeout: Annotated[Duration, Field(ge=0.1, le=3_600)] = 10.0

@@ -765,7 +765,11 @@ class Channel(Outbox):
         if kind == 12:
             if body:
                 raise ProtocolError(0x81, "a PINGREQ with a body")
-            self.push(b"\xd0\x00")  # [MQTT-3.12.4-1]
+            if self.listener.privileged and session.spool is not None and not self.core.journal.refusing:
+                # a worker asks whether what it acknowledged is on disk
+                self.core.journal.reply(self, b"\xd0\x00")
+            else:
+                self.push(b"\xd0\x00")  # [MQTT-3.12.4-1]
         elif kind == 8:
             subscribe = packets.decode_subscribe(body, self.version, limits.strict, limits.max_user_properties)
             self._flush_acks()

@@ -31,10 +31,10 @@ cdef class Journal:
     cdef public dict _outstanding
     cdef public bint _scheduled
     cdef public bint _ticking
-    cdef public int _loads
-    cdef public unsigned int _compacting
-    cdef public bint _copying_failed
-    cdef public dict _origins
+    cdef public bint _resting
+    cdef public int loads
+    cdef public object compaction
+    cdef public dict origins
     cdef public dict _origin_bytes
 
     cpdef long long clock_ms(self)

@@ -7,7 +7,7 @@ soon as the one before is done. When the store says a commit is on disk, its hol
 waited (SUBACK, PUBCOMP, PUBREL) are sent and queues are drained.
 
 Space. Records are never changed; a segment is dropped from the front once nothing in it is alive. `live` counts what is
-alive in each segment; when too much of the journal is dead, the oldest segment is copied forward (`compact`).
+alive in each segment; when too much of the journal is dead, the oldest segment is copied forward (`compaction.py`).
 """
 
 import logging
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from broker.engine import records
+from broker.engine.compaction import Compaction
 from broker.engine.core import Core
 from broker.engine.message import Message, Origin
 from broker.engine.spool import FAILED, GONE, OPEN, STORED, WRITING, Pending, Spool, stored_at
@@ -27,10 +28,6 @@ FRAME = 262_144
 """Bytes after which a frame is closed."""
 RETRY = 1.0
 """Seconds between two attempts to write while the disk is full."""
-KEEP = 128 << 20
-"""Bytes of journal that are never worth copying."""
-SLICE = 400
-"""Records looked at in one go while copying."""
 
 
 class Commit:
@@ -93,11 +90,12 @@ class Journal:
         self._outstanding: dict[int, Commit] = {}
         self._scheduled = False
         self._ticking = False
-        self._loads = 0
-        self._compacting = 0
-        """The segment being copied, 0 for none."""
-        self._copying_failed = False
-        self._origins: dict[bytes, Origin] = {}
+        self._resting = False
+        """The disk was full a moment ago."""
+        self.loads = 0
+        """Reads that are under way: no segment is dropped meanwhile."""
+        self.compaction = Compaction(self)
+        self.origins: dict[bytes, Origin] = {}
         self._origin_bytes: dict[int, tuple[Origin, bytes]] = {}
         store.owner = self
 
@@ -313,6 +311,29 @@ class Journal:
         self._value_segments[key] = segment
         self.live[segment] = self.live.get(segment, 0) + 1
 
+    def copy(self, takers: list[Any], retained: Message | None, position: int, message: Message) -> None:
+        """Write the message again for what still needs the record at this position."""
+        lines = [records.encode_taker(s.number, seq, qos, retain, idents) for s, seq, qos, retain, idents in takers]
+        record = records.encode_put(
+            message,
+            retained is not None,
+            self.to_clock(message.expires),
+            0,
+            0,
+            len(takers),
+            b"".join(lines),
+            self._origin_of(message),
+        )
+        self._copies.append((takers, retained, position, record))
+
+    def rewrite_value(self, key: bytes) -> None:
+        """Write a table entry again."""
+        self._notes.append((key,))
+
+    def values_in(self, segment: int) -> list[bytes]:
+        """Keys of the table entries that stand in a segment."""
+        return [key for key, where in self._value_segments.items() if where == segment]
+
     def touch(self, spool: Spool) -> None:
         """The session has acknowledgements to record."""
         self._dirty.append(spool)
@@ -358,8 +379,10 @@ class Journal:
         self._scheduled = False
         if self._outstanding:
             return
-        if self.store.refusing:
+        if self.store.refusing == "failed":
             self._refuse()
+            return
+        if self._resting:
             return
         commit = self._next
         parts: list[bytes] = []
@@ -438,11 +461,7 @@ class Journal:
             self.written(self._number, [])
 
     def _refuse(self) -> None:
-        """The store takes nothing: for now (what is not a message waits), or until a restart."""
-        if self.store.refusing == "full":
-            self._scheduled = True
-            self.call_later(RETRY, self._commit)
-            return
+        """The store takes nothing until a restart."""
         commit = self._next
         self._next = Commit()
         for pending in self._hot:
@@ -564,7 +583,7 @@ class Journal:
                 self._value_segments[key] = bases[frame] >> 32
                 live[bases[frame] >> 32] += 1
         for takers, message, old, frame, offset in commit.copies:
-            self._copied(takers, message, old, bases[frame] + offset)
+            self.compaction.copied(takers, message, old, bases[frame] + offset)
         for hold in commit.holds:
             if _let_go(hold):
                 owners[hold.owner] = None
@@ -577,7 +596,7 @@ class Journal:
             owner.on_released()
         for spool in affected:
             spool.settle()
-        self._tidy()
+        self.compaction.tidy()
         if self._due:
             self.wake()
 
@@ -594,8 +613,16 @@ class Journal:
                 self._next.replies[channel] = data if waiting is None else data + waiting
             commit.replies = {}
         self._fail(commit, 0x97 if error.full else 0x83)
-        if commit.copies or (error.full and commit.snapshots):
-            self._copying_failed = True
+        if commit.copies:
+            self.compaction.failed = True
+        if error.full:
+            self._resting = True
+            self.call_later(RETRY, self._rested)
+        else:
+            self.wake()
+
+    def _rested(self) -> None:
+        self._resting = False
         self.wake()
 
     def _fail(self, commit: Commit, code: int) -> None:
@@ -621,17 +648,17 @@ class Journal:
 
     def load(self, spool: Spool, entries: list[Any]) -> None:
         """Read the messages of these backlog entries; `spool.loaded` gets them."""
-        self._loads += 1
+        self.loads += 1
 
         def done(found: list[bytes | None]) -> None:
-            self._loads -= 1
+            self.loads -= 1
             messages = []
             clock = self.clock_ms()
             for entry, record in zip(entries, found, strict=True):
                 messages.append(self._read(spool, entry, record, clock))
             spool.loaded(messages)
-            if not self._loads:
-                self._tidy()
+            if not self.loads:
+                self.compaction.tidy()
 
         self.store.read([entry[1] for entry in entries], done)
 
@@ -650,7 +677,7 @@ class Journal:
             payload = record[records.HEADER :]
             for taker in records.decode_takers(payload):
                 if taker.session == spool.number and taker.seq == entry[0]:
-                    return records.decode_message(payload, self.core.now, clock, self._origins), taker
+                    return records.decode_message(payload, self.core.now, clock, self.origins), taker
             raise records.RecordError("it is another message")
         except records.RecordError as error:
             log.error(
@@ -660,123 +687,6 @@ class Journal:
                 error,
             )
             return None
-
-    # space ----------------------------------------------------------------------------------------------------
-
-    def _tidy(self) -> None:
-        """Drop segments nobody needs from the front; start copying one when too much of the journal is dead."""
-        if self._compacting or self._loads:
-            return
-        sizes: dict[int, int] = self.store.sizes()
-        if len(sizes) < 2:
-            return
-        segments = sorted(sizes)
-        for segment in segments[:-1]:
-            if self.live.get(segment, 0) > 0:
-                break
-            self.live.pop(segment, None)
-            self.store.drop(segment)
-            sizes.pop(segment)
-        total = sum(sizes.values())
-        if total <= KEEP or len(sizes) < 2:
-            return
-        whole = sum(self.live.values()) or 1
-        # an entry is worth the average: sizes of single records are not kept
-        needed = min(total, whole * self._average(sizes))
-        if total > 2 * needed + KEEP:
-            self._compact(min(sizes))
-
-    def _average(self, sizes: dict[int, int]) -> float:
-        """Bytes a living record takes at most: the densest segment tells."""
-        densest = max(self.live.get(segment, 0) / size for segment, size in sizes.items() if size)
-        return 1 / densest if densest else 0.0
-
-    def _compact(self, segment: int) -> None:
-        """Copy what lives in the oldest segment to the end, then drop it."""
-        self._compacting = segment
-        self._copying_failed = False
-        log.debug("copying what is alive in segment %d of the store", segment)
-        for spool in self.spools.values():
-            if spool.segment == segment:
-                self._notes.append(spool)
-        for key, where in self._value_segments.items():
-            if where == segment:
-                self._notes.append((key,))
-        self.store.read_segment(segment, self._segment_read)
-
-    def _segment_read(self, found: list[tuple[int, bytes]]) -> None:
-        at = 0
-
-        def go_on() -> None:
-            nonlocal at
-            end = min(len(found), at + SLICE)
-            for position, record in found[at:end]:
-                if record[0] == records.PUT:
-                    self._copy(position, record)
-            at = end
-            if at < len(found):
-                self.call_later(0.0, go_on)
-            else:
-                self.after(self._compacted)
-
-        go_on()
-
-    def _copy(self, position: int, record: bytes) -> None:
-        payload = record[records.HEADER :]
-        flags = payload[0]
-        takers = []
-        for taker in records.decode_takers(payload):
-            spool = self.spools.get(taker.session)
-            if spool is not None and spool.alive(taker.seq, position):
-                takers.append((spool, taker.seq, taker.qos, taker.retain, taker.idents))
-        retained: Message | None = None
-        if flags & records.RETAINED and self.retained_of is not None:
-            retained = self.retained_of(records.put_topic(payload))
-            if retained is not None and (retained.kept is None or retained.kept.position != position):
-                retained = None
-        if not takers and retained is None:
-            return
-        message = records.decode_message(payload, self.core.now, self.clock_ms(), self._origins)
-        again = records.encode_put(
-            message,
-            retained is not None,
-            self.to_clock(message.expires),
-            0,
-            0,
-            len(takers),
-            b"".join(
-                [records.encode_taker(s.number, seq, qos, retain, idents) for s, seq, qos, retain, idents in takers]
-            ),
-            self._origin_of(message),
-        )
-        self._copies.append((takers, retained, position, again))
-
-    def _copied(self, takers: list[Any], retained: Message | None, old: int, position: int) -> None:
-        alive = 0
-        for spool, seq, _, _, _ in takers:
-            if self.spools.get(spool.number) is spool and spool.relocate(seq, position, old):
-                alive += 1
-        if retained is not None and retained.kept is not None and retained.kept.position == old:
-            if retained.kept.left or takers:
-                retained.kept = stored_at(position)
-            else:
-                retained.kept.position = position
-            alive += 1
-        self.live[position >> 32] += alive
-
-    def _compacted(self, written: bool) -> None:
-        segment = self._compacting
-        self._compacting = 0
-        if written and not self._copying_failed:
-            self._drop_copied(segment)
-
-    def _drop_copied(self, segment: int) -> None:
-        if self._loads:
-            self.call_later(0.05, lambda: self._drop_copied(segment))
-            return
-        self.live.pop(segment, None)
-        self.store.drop(segment)
-        self._tidy()
 
     # a look inside --------------------------------------------------------------------------------------------
 

@@ -78,8 +78,6 @@ class RecordError(ValueError):
 class Taker:
     """One session that must get a stored message: where in its order, at which QoS, with which extras."""
 
-    __slots__ = ("idents", "qos", "retain", "seq", "session")
-
     def __init__(self, session: int, seq: int, qos: int, retain: bool, idents: tuple[int, ...] | None) -> None:
         self.session = session
         self.seq = seq
@@ -196,8 +194,8 @@ def put_fields(payload: bytes) -> tuple[int, int, int, int, int]:
     return fields[0], fields[2], fields[3], fields[4], fields[5]
 
 
-def put_topic(payload: bytes) -> bytes:
-    """The topic of a PUT. Raises RecordError."""
+def put_topic(payload: bytes) -> tuple[bytes, int]:
+    """The topic of a PUT, and what its message counts for in a queue. Raises RecordError."""
     try:
         at = PUT_FIXED
         for _ in range(payload[40] | payload[41] << 8):
@@ -206,9 +204,10 @@ def put_topic(payload: bytes) -> bytes:
             if bits & TAKER_IDENTS:
                 at += 1 + 4 * payload[at]
         n = payload[42] | payload[43] << 8
-        if at + n > len(payload):
+        size = len(payload) - at - (payload[44] | payload[45] << 8)
+        if size < n:
             raise RecordError("a topic does not fit its record")
-        return payload[at : at + n]
+        return payload[at : at + n], size
     except IndexError as error:
         raise RecordError(f"a message cannot be read: {error}") from None
 

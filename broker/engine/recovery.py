@@ -24,10 +24,8 @@ REPORTED = 10
 """Bad records named in the log one by one."""
 
 
-class _Found:
+class Found:
     """One session while records are read. `entries` is seq → (position, size, time)."""
-
-    __slots__ = ("done", "entries", "fields", "floor", "marks", "next_seq", "released", "segment", "subscriptions")
 
     def __init__(self) -> None:
         self.fields: dict[str, Any] | None = None
@@ -45,7 +43,7 @@ class Recovery:
     """Feed it every frame of the journal, then `install` what it has found."""
 
     def __init__(self) -> None:
-        self.sessions: dict[int, _Found] = {}
+        self.sessions: dict[int, Found] = {}
         self.ended: set[int] = set()
         self.retained: dict[bytes, tuple[int, bytes]] = {}
         self.values: dict[bytes, tuple[int, bytes]] = {}
@@ -79,12 +77,12 @@ class Recovery:
                 error,
             )
 
-    def _session(self, number: int) -> _Found:
+    def _session(self, number: int) -> Found:
         found = self.sessions.get(number)
         if found is None:
             if number == 0:
                 raise records.RecordError("session 0")
-            found = self.sessions[number] = _Found()
+            found = self.sessions[number] = Found()
             self.highest = max(self.highest, number)
         return found
 
@@ -138,8 +136,7 @@ class Recovery:
 
     def _put(self, position: int, payload: bytes) -> None:
         flags, time_ms, _, publisher, ident = records.put_fields(payload)
-        topic = records.put_topic(payload)
-        size = len(payload) - records.PUT_FIXED
+        topic, size = records.put_topic(payload)
         for taker in records.decode_takers(payload):
             if taker.session in self.ended:
                 continue
@@ -212,7 +209,7 @@ class Recovery:
         for session in self.expired:
             engine.end_session(session)
 
-    def _install_session(self, engine: Any, journal: Journal, number: int, found: _Found, clock: int) -> None:
+    def _install_session(self, engine: Any, journal: Journal, number: int, found: Found, clock: int) -> None:
         fields = found.fields
         assert fields is not None
         ends = int(fields["x"])
@@ -250,7 +247,7 @@ class Recovery:
         if ends and ends <= clock:
             self.expired.append(session)
 
-    def _restore_queue(self, journal: Journal, session: Session, spool: Spool, found: _Found) -> None:
+    def _restore_queue(self, journal: Journal, session: Session, spool: Spool, found: Found) -> None:
         floor = found.floor
         alive = sorted(seq for seq in found.entries if seq >= floor)
         released = sorted(seq for seq in found.released if seq >= floor)

@@ -27,7 +27,7 @@ class StoreOwner(Protocol):
 
 class Store(Protocol):
     """An append-only journal in segments, cut off at the front only. Used on the event loop's thread; none of it blocks
-    but `close`. A position is ``segment << 32 | offset of the record in the segment``."""
+    but `fetch` and `close`. A position is ``segment << 32 | offset of the record in the segment``."""
 
     owner: StoreOwner
     """Set before the first `write`."""
@@ -41,8 +41,13 @@ class Store(Protocol):
         """Read whole records, their kind and length included; None for one that cannot be read. Ascending positions are
         read in large blocks."""
 
+    def fetch(self, positions: Sequence[int]) -> list[bytes | None]:
+        """As `read`, waiting for the disk: for what is done once, such as moving a session elsewhere. Raises
+        TimeoutError."""
+
     def read_segment(self, segment: int, done: Callable[[list[tuple[int, bytes]]], None]) -> None:
-        """Every (position, record) of a segment that is no longer written; what is damaged in it is left out."""
+        """Every (position, record) of a segment that is no longer written; what is damaged in it is left out. None of
+        one that cannot be read, which `drop` then keeps: a restart may read it."""
 
     def drop(self, segment: int) -> None:
         """Delete the oldest segment after the commits handed over so far. `sizes` no longer names it, until it turns

@@ -240,6 +240,7 @@ class Lane(Handler):
         refused = await self.writer.write(self._records(batch))
         if not refused:
             self._settle(batch, batch, 0)
+            await self._recorded()
             return
         good = [publish for i, publish in enumerate(batch) if i not in refused]
         bad = [publish for i, publish in enumerate(batch) if i in refused]
@@ -252,6 +253,15 @@ class Lane(Handler):
             self._settle(batch, good, len(bad))
         else:
             self._settle(bad, (), len(bad))
+        await self._recorded()
+
+    async def _recorded(self) -> None:
+        """Until our broker has the acknowledgements on disk, which it says by its answer to a ping: a crash then sends
+        one batch again at most."""
+        conn = self._conn
+        if self._trusted and conn is not None:
+            with suppress(OSError):
+                await conn.ping()
 
     def _settle(self, answered: list[Publish], stored: list[Publish] | tuple[()], dead: int) -> None:
         self._outstanding = []

@@ -87,6 +87,12 @@ class Hole(NamedTuple):
     """Never acknowledged; otherwise it was on disk once."""
 
 
+def describe(hole: Hole) -> str:
+    """Damage in words."""
+    entries = f"{hole.entries} queue {'entry' if hole.entries == 1 else 'entries'}"
+    return f"{hole.end - hole.start} bytes at offset {hole.start} are damaged, {entries} lost"
+
+
 def seed_of(salt: int, number: int) -> int:
     """Where the checksums of a segment's frames start; XOR with the offset of the frame."""
     return crc32(number.to_bytes(4, "little"), salt)

@@ -218,7 +218,7 @@ class _Census:
         from broker.engine import records
 
         if records.put_fields(payload)[0] & records.RETAINED:
-            self.retained.add(records.put_topic(payload))
+            self.retained.add(records.put_topic(payload)[0])
         for taker in records.decode_takers(payload):
             self._waiting.setdefault(taker.session, set()).add(taker.seq)
 

@@ -49,6 +49,8 @@ class FileStore:
         self._sizes: dict[int, int] = {}
         self._dropping: dict[int, int] = {}
         """Sizes of segments handed to the writer to be deleted."""
+        self._unreadable = 0
+        """The lowest segment whose records could not be copied: it stays, and so does what follows it."""
         self._error: StoreError | None = None
         """Why commits fail at present."""
         self._probing = False
@@ -70,7 +72,7 @@ class FileStore:
             oldest=min(sizes),
             newest=max(sizes),
         )
-        self._reader = Reader(self._folder, self._mailbox, salt)
+        self._reader = Reader(self._folder, self._mailbox, salt, self._on_unreadable)
         self._mailbox.post(self._look)
 
     # what the engine calls ------------------------------------------------------------------------------------
@@ -85,6 +87,11 @@ class FileStore:
         assert self._reader is not None, "the store has not been read yet"
         self._reader.read(positions, done)
 
+    def fetch(self, positions: Sequence[int]) -> list[bytes | None]:
+        """See `Store`."""
+        assert self._reader is not None
+        return self._reader.fetch(positions)
+
     def read_segment(self, segment: int, done: Callable[[list[tuple[int, bytes]]], None]) -> None:
         """See `Store`."""
         assert self._reader is not None, "the store has not been read yet"
@@ -95,7 +102,7 @@ class FileStore:
         assert self._writer is not None, "the store has not been read yet"
         if segment >= max(self._sizes):
             raise ValueError(f"segment {segment} is being written")
-        if segment in self._sizes:
+        if segment in self._sizes and not 0 < self._unreadable <= segment:
             self._dropping[segment] = self._sizes.pop(segment)
             self._writer.drop(segment)
 
@@ -117,7 +124,7 @@ class FileStore:
             log.error("%s: the disk did not answer within %.0f s; the end was not waited for", self._folder, CLOSING)
         self._mailbox.deliver()
 
-    # what the writer reports ----------------------------------------------------------------------------------
+    # what the threads report ----------------------------------------------------------------------------------
 
     def on_written(self, number: int, places: list[tuple[int, int]], segment: int, size: int) -> None:
         """A commit is where it should be."""
@@ -144,6 +151,9 @@ class FileStore:
     def on_kept(self, segment: int) -> None:
         """A segment was not deleted."""
         self._sizes[segment] = self._dropping.pop(segment)
+
+    def _on_unreadable(self, segment: int) -> None:
+        self._unreadable = min(segment, self._unreadable or segment)
 
     def on_probed(self, space: bool) -> None:
         """Space can be written to again, or not."""

@@ -8,17 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from broker.store import segments
-from broker.store.frames import HEADER, RECORD, Scan, records, seed_of
+from broker.store.frames import HEADER, RECORD, Scan, describe, records, seed_of
 from broker.store.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 
 BLOCK = 512 * 1024
 """Bytes read at once."""
+FETCH = 10.0
+"""Seconds `fetch` waits."""
 OPEN = 8
 """Segments kept open at most."""
 
@@ -29,10 +31,12 @@ Positions = list[tuple[int, bytes]]
 class Reader:
     """The methods belong to the loop's thread, cost a queue entry and return at once; answers come in order."""
 
-    def __init__(self, folder: Path, mailbox: Mailbox, salt: int) -> None:
+    def __init__(self, folder: Path, mailbox: Mailbox, salt: int, on_unreadable: Callable[[int], None]) -> None:
+        """`on_unreadable` hears on the loop of a segment that could not be read as a whole, before its reader does."""
         self._folder = folder
         self._mailbox = mailbox
         self._salt = salt
+        self._on_unreadable = on_unreadable
         self._files: dict[int, int] = {}
         """Segment -> descriptor; the one used last is last."""
         self._closing = False
@@ -43,6 +47,15 @@ class Reader:
     def read(self, positions: Sequence[int], done: Callable[[Records], None]) -> None:
         """One whole record per position, None where there is none to be read."""
         self._jobs.put((self._read, (positions, done)))
+
+    def fetch(self, positions: Sequence[int]) -> Records:
+        """As `read`, waiting for the answer. Raises TimeoutError when the disk gives none."""
+        answer: SimpleQueue[Records] = SimpleQueue()
+        self._jobs.put((self._hand_over, (positions, answer.put)))
+        try:
+            return answer.get(timeout=FETCH)
+        except Empty:
+            raise TimeoutError(f"{self._folder}: the disk does not answer") from None
 
     def read_segment(self, segment: int, done: Callable[[Positions], None]) -> None:
         """(position, record) of every record in a valid frame of a segment that is no longer written."""
@@ -69,6 +82,12 @@ class Reader:
             os.close(fd)
 
     def _read(self, positions: Sequence[int], done: Callable[[Records], None]) -> None:
+        self._mailbox.post(done, self._records(positions))
+
+    def _hand_over(self, positions: Sequence[int], take: Callable[[Records], None]) -> None:
+        take(self._records(positions))
+
+    def _records(self, positions: Sequence[int]) -> Records:
         found: Records = []
         segment = start = -1
         block = b""
@@ -89,7 +108,7 @@ class Reader:
                 log.error("a record cannot be read: %s offset %d: %s", self._path(number), offset, error)
                 segment, block = -1, b""
                 found.append(None)
-        self._mailbox.post(done, found)
+        return found
 
     def _block(self, segment: int, offset: int, length: int) -> bytes:
         return os.pread(self._file(segment), length, offset)
@@ -118,13 +137,18 @@ class Reader:
 
     def _read_segment(self, segment: int, done: Callable[[Positions], None]) -> None:
         found: Positions = []
+        path = self._path(segment)
         try:
-            data = segments.read_file(self._path(segment))
+            data = segments.read_file(path)
         except OSError as error:
-            log.error("a segment cannot be read: %s", error)
+            log.error("%s cannot be read and is kept; the store does not shrink until a restart: %s", path, error)
+            self._mailbox.post(self._on_unreadable, segment)
         else:
             first = segment << 32
-            for frame in Scan(seed_of(self._salt, segment)).frames(data):
+            scan = Scan(seed_of(self._salt, segment), durable=True)
+            for frame in scan.frames(data):
                 body = frame.start + HEADER
                 found.extend((first + body + at, record) for at, record in records(data[body : frame.end]))
+            for hole in scan.holes:
+                log.error("%s: %s", path, describe(hole))
         self._mailbox.post(done, found)

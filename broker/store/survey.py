@@ -10,7 +10,7 @@ from pathlib import Path
 
 from broker.store import segments
 from broker.store.errors import REMEDY, StoreTooNew
-from broker.store.frames import SEGMENT, VERSION, Hole, Scan, SegmentHeader, parse_segment, seed_of
+from broker.store.frames import SEGMENT, VERSION, Scan, SegmentHeader, describe, parse_segment, seed_of
 
 FAR = 1_000
 """So many missing segments in a row are a stray file's doing."""
@@ -56,16 +56,13 @@ class Segment:
 
     def damage(self, scan: Scan) -> list[Damage]:
         """What an exhausted scan says is lost."""
-        return [self._damage(hole) for hole in scan.holes if not hole.torn and not self.missing]
-
-    def _damage(self, hole: Hole) -> Damage:
-        length = hole.end - hole.start
-        text = f"{length} bytes at offset {hole.start} are damaged, {_entries(hole.entries)} lost"
-        return Damage(str(self.path), hole.start, length, hole.entries, text)
-
-
-def _entries(count: int) -> str:
-    return f"{count} queue {'entry' if count == 1 else 'entries'}"
+        if self.missing:
+            return []
+        return [
+            Damage(str(self.path), hole.start, hole.end - hole.start, hole.entries, describe(hole))
+            for hole in scan.holes
+            if not hole.torn
+        ]
 
 
 @dataclass(slots=True)

@@ -8,6 +8,10 @@
  *   mqttload idle    opens --conns connections (optionally subscribed) and reports the broker's memory
  *   mqttload churn   one connection that subscribes to and leaves --rate filters a second, for --seconds
  *
+ * With --persistent subscribers have persistent sessions; with --offline they leave before the load begins, so that it
+ * all queues, and what bounds the loop is acknowledgements; with --acks the percentiles are those from PUBLISH to its
+ * acknowledgement instead of to its delivery.
+ *
  * With --groups N the topics are PREFIX/GROUP/k/telemetry: publisher i sends to the topics of group i mod N, subscriber
  * i takes PREFIX/GROUP/+/telemetry of group i mod N; GROUP is g0…, or with --user NAME the user names NAME0…, and each
  * connection then logs in as its group.
@@ -48,12 +52,12 @@ typedef struct {
     int fd; int pub; int id; int want_write; int connected; int subscribed; uint32_t most;
     Buf in, out;
     uint16_t next_pid; uint32_t inflight; uint64_t seq; uint32_t sid;
-    SSL *ssl;
+    SSL *ssl; uint64_t *sent_at;                                     /* [packet identifier], with --acks */
 } Conn;
 
 static const char *host = "127.0.0.1", *user = NULL, *pass = NULL, *prefix = "load";
 static int port = 1883, npub = 1, nsub = 1, ntopics = 1, qos = 0, subqos = -1, size = 64, version = 4;
-static int churning = 0, groups = 0, window = 1000, conns = 1000, subscribe_idle = 0, nsrc = 1, shared_sub = 0, retain = 0, alltopics = 0;
+static int persistent = 0, offline = 0, ack_times = 0, churning = 0, groups = 0, window = 1000, conns = 1000, subscribe_idle = 0, nsrc = 1, shared_sub = 0, retain = 0, alltopics = 0;
 static double seconds = 5, rate = 1000, warm = 1, ramp = 0;
 static int pids[64], npids;
 static Conn *cs; static int nc, ep;
@@ -126,8 +130,8 @@ static void flush(Conn *c) {
 
 static void send_connect(Conn *c) {
     uint8_t b[512], *p = b; char id[64]; snprintf(id, sizeof id, "%s-%s-%d", prefix, churning ? "c" : c->pub ? "p" : "s", c->id);
-    p = put_str(p, "MQTT"); *p++ = version; *p++ = 2 | (user ? 0x80 : 0) | (pass ? 0x40 : 0); *p++ = 0; *p++ = 0;
-    if (version == 5) { *p++ = 3; *p++ = 0x21; *p++ = 0xff; *p++ = 0xff; }
+    p = put_str(p, "MQTT"); *p++ = version; *p++ = (persistent && !c->pub ? (version == 5 ? 2 : 0) : 2) | (user ? 0x80 : 0) | (pass ? 0x40 : 0); *p++ = 0; *p++ = 0;
+    if (version == 5) { int keep = persistent && !c->pub; *p++ = keep ? 8 : 3; *p++ = 0x21; *p++ = 0xff; *p++ = 0xff; if (keep) { *p++ = 0x11; *p++ = 0; *p++ = 0; *p++ = 0x0e; *p++ = 0x10; } }
     char name[128]; if (user && groups) snprintf(name, sizeof name, "%s%d", user, c->id % groups); else snprintf(name, sizeof name, "%s", user ? user : "");
     p = put_str(p, id); if (user) p = put_str(p, name); if (pass) p = put_str(p, pass);
     uint8_t h[8]; h[0] = 0x10; int n = 1 + put_len(h + 1, p - b);
@@ -152,7 +156,7 @@ static void send_publish(Conn *c) {
     uint32_t rl = 2 + tl + (qos ? 2 : 0) + (version == 5 ? 1 : 0) + size;
     uint8_t h[8]; h[0] = 0x30 | qos << 1 | retain; int n = 1 + put_len(h + 1, rl);
     uint8_t *p = tail(&c->out, n + rl); memcpy(p, h, n); p += n; p = put_str(p, t);
-    if (qos) { if (!++c->next_pid) c->next_pid = 1; *p++ = c->next_pid >> 8; *p++ = c->next_pid; c->inflight++; }
+    if (qos) { if (!++c->next_pid) c->next_pid = 1; *p++ = c->next_pid >> 8; *p++ = c->next_pid; c->inflight++; if (ack_times) { if (!c->sent_at) c->sent_at = calloc(65536, 8); c->sent_at[c->next_pid] = now_ns(); } }
     if (version == 5) *p++ = 0;
     c->seq++; uint64_t ts = now_ns(), sq = c->seq; uint32_t id = c->id;
     memset(p, 'x', size); memcpy(p, &ts, 8); memcpy(p + 8, &sq, 8); memcpy(p + 16, &id, 4); sent++;
@@ -165,7 +169,7 @@ static void on_publish(Conn *c, uint8_t h, uint8_t *p, uint32_t n) {
     if (version == 5) { uint32_t v = 0; int s = 0; do { v |= (uint32_t)(p[o] & 127) << s; s += 7; } while (p[o++] & 128); o += v; }
     if (n - o >= 20) {
         uint64_t ts, sq; uint32_t id; memcpy(&ts, p + o, 8); memcpy(&sq, p + o + 8, 8); memcpy(&id, p + o + 16, 4);
-        record(now_ns() - ts);
+        if (!ack_times) record(now_ns() - ts);
         if (last_seq && !shared_sub && (int)id < npub) { uint64_t *l = &last_seq[(uint64_t)c->id * npub + id]; if (sq <= *l) reordered++; *l = sq; }
     }
     received++;
@@ -189,8 +193,8 @@ static void on_packet(Conn *c, uint8_t h, uint8_t *p, uint32_t n) {
     switch (h >> 4) {
     case 2: if (n < 2 || p[1]) { refused++; return; } c->connected = 1; c->most = receive_maximum(p, n); if (!c->pub) { if (subqos >= 0 && !(conns < 0)) send_subscribe(c); } break;
     case 3: on_publish(c, h, p, n); break;
-    case 4: c->inflight--; acked++; break;
-    case 5: if (n > 2 && p[2] >= 0x80) { c->inflight--; acked++; break; } ack(c, 0x62, p[0] << 8 | p[1]); break;
+    case 4: c->inflight--; acked++; if (c->sent_at) record(now_ns() - c->sent_at[p[0] << 8 | p[1]]); break;
+    case 5: if (c->sent_at) record(now_ns() - c->sent_at[p[0] << 8 | p[1]]); if (n > 2 && p[2] >= 0x80) { c->inflight--; acked++; break; } ack(c, 0x62, p[0] << 8 | p[1]); break;
     case 6: ack(c, 0x70, p[0] << 8 | p[1]); break;
     case 7: c->inflight--; acked++; break;
     case 9: c->subscribed = 1; acked++; if (p[n - 1] & 0x80) { fprintf(stderr, "mqttload: SUBACK refused\n"); exit(2); } break;
@@ -267,7 +271,7 @@ int main(int argc, char **argv) {
     signal(SIGPIPE, SIG_IGN);
     if (argc < 2) { fprintf(stderr, "usage: mqttload flow|rate|idle|churn [options], see the source's head\n"); return 2; }
     const char *mode = argv[1];
-    static struct option o[] = { {"host",1,0,'h'},{"port",1,0,'p'},{"pubs",1,0,'P'},{"subs",1,0,'S'},{"topics",1,0,'t'},{"qos",1,0,'q'},{"subqos",1,0,'Q'},{"size",1,0,'s'},{"v5",0,0,'5'},{"window",1,0,'w'},{"seconds",1,0,'d'},{"warm",1,0,'W'},{"rate",1,0,'r'},{"pid",1,0,'i'},{"conns",1,0,'c'},{"subscribe",0,0,'b'},{"sources",1,0,'n'},{"user",1,0,'u'},{"pass",1,0,'k'},{"prefix",1,0,'x'},{"shared",0,0,'g'},{"retain",0,0,'R'},{"all",0,0,'a'},{"ramp",1,0,'m'},{"groups",1,0,'G'},{"tls",0,0,'T'},{0} };
+    static struct option o[] = { {"host",1,0,'h'},{"port",1,0,'p'},{"pubs",1,0,'P'},{"subs",1,0,'S'},{"topics",1,0,'t'},{"qos",1,0,'q'},{"subqos",1,0,'Q'},{"size",1,0,'s'},{"v5",0,0,'5'},{"window",1,0,'w'},{"seconds",1,0,'d'},{"warm",1,0,'W'},{"rate",1,0,'r'},{"pid",1,0,'i'},{"conns",1,0,'c'},{"subscribe",0,0,'b'},{"sources",1,0,'n'},{"user",1,0,'u'},{"pass",1,0,'k'},{"prefix",1,0,'x'},{"shared",0,0,'g'},{"retain",0,0,'R'},{"all",0,0,'a'},{"ramp",1,0,'m'},{"groups",1,0,'G'},{"tls",0,0,'T'},{"persistent",0,0,'E'},{"offline",0,0,'O'},{"acks",0,0,'A'},{0} };
     int ch; optind = 2;
     while ((ch = getopt_long(argc, argv, "", o, NULL)) != -1) switch (ch) {
     case 'h': host = optarg; break; case 'p': port = atoi(optarg); break; case 'P': npub = atoi(optarg); break; case 'S': nsub = atoi(optarg); break;
@@ -276,6 +280,7 @@ int main(int argc, char **argv) {
     case 'r': rate = atof(optarg); break; case 'i': if (npids < 64) pids[npids++] = atoi(optarg); break; case 'c': conns = atoi(optarg); break; case 'b': subscribe_idle = 1; break;
     case 'n': nsrc = atoi(optarg); break; case 'u': user = optarg; break; case 'k': pass = optarg; break; case 'x': prefix = optarg; break; case 'g': shared_sub = 1; break;
     case 'R': retain = 1; break; case 'a': alltopics = 1; break; case 'm': ramp = atof(optarg); break; case 'G': groups = atoi(optarg); break;
+    case 'E': persistent = 1; break; case 'O': persistent = offline = 1; break; case 'A': ack_times = 1; break;
 #ifdef WITH_TLS
     case 'T': tls = SSL_CTX_new(TLS_client_method()); SSL_CTX_set_mode(tls, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER | SSL_MODE_RELEASE_BUFFERS); break;
 #else
@@ -297,9 +302,11 @@ int main(int argc, char **argv) {
     }
     if (subqos < 0) subqos = qos;
     hist = calloc(HB, sizeof *hist); cs = calloc(npub + nsub, sizeof *cs); last_seq = calloc((uint64_t)(nsub ? nsub : 1) * npub, 8);
-    int n = nsub + npub; connect_all(n, nsub); Conn *pubs = cs + nsub;
+    int n = nsub + npub; connect_all(n, nsub); Conn *pubs = cs + nsub; acked = 0;
+    if (offline) for (int i = 0; i < nsub; i++) { uint8_t bye[2] = { 0xe0, 0 }; memcpy(tail(&cs[i].out, 2), bye, 2); flush(&cs[i]); double until = now() + 0.01; while (now() < until) poll_once(1); epoll_ctl(ep, EPOLL_CTL_DEL, cs[i].fd, NULL); close(cs[i].fd); }
+    closed_by_peer = 0;
     /* deliveries each message causes */
-    double per = groups ? (double)nsub / groups : alltopics ? nsub : shared_sub ? 1 : (double)nsub / ntopics; if (nsub == 0) per = 0;
+    double per = groups ? (double)nsub / groups : alltopics ? nsub : shared_sub ? 1 : (double)nsub / ntopics; if (nsub == 0 || offline) per = 0;
     int open_loop = !strcmp(mode, "rate");
     double start = now(), t_begin = start + warm, t_end = t_begin + seconds; int measuring = 0, stopped = 0;
     uint64_t s0 = 0, r0 = 0; double c0 = 0, m0 = 0, c1 = 0, m1 = 0; uint64_t s1 = 0, r1 = 0; int nextp = 0; uint64_t due = 0;
@@ -322,7 +329,7 @@ int main(int argc, char **argv) {
     uint64_t want = (uint64_t)(sent * per + 0.5); lost = received < want ? want - received : 0;
     double w = m1 - m0, cpu = c1 - c0; uint64_t dr = r1 - r0, ds = s1 - s0;
     struct rusage ru; getrusage(RUSAGE_SELF, &ru);
-    printf("%s qos=%d v=%d pubs=%d subs=%d topics=%d size=%d sent_per_s=%.0f delivered_per_s=%.0f", mode, qos, version, npub, nsub, ntopics, size, ds / w, dr / w);
+    printf("%s qos=%d v=%d pubs=%d subs=%d topics=%d size=%d sent_per_s=%.0f delivered_per_s=%.0f acked=%llu", mode, qos, version, npub, nsub, ntopics, size, ds / w, dr / w, (unsigned long long)acked);
     if (npids) printf(" broker_cpu=%.2f delivered_per_cpu_s=%.0f handled_per_cpu_s=%.0f rss_mb=%.1f", cpu / w, cpu > 0 ? dr / cpu : 0, cpu > 0 ? (dr + ds) / cpu : 0, broker_rss());
     printf(" p50_us=%.0f p99_us=%.0f p999_us=%.0f max_us=%.0f lost=%llu reordered=%llu closed=%llu gen_cpu=%.2f\n", quantile(.5), quantile(.99), quantile(.999), quantile(1), (unsigned long long)lost, (unsigned long long)reordered, (unsigned long long)closed_by_peer, (ru.ru_utime.tv_sec + ru.ru_stime.tv_sec + (ru.ru_utime.tv_usec + ru.ru_stime.tv_usec) * 1e-6) / (now() - start));
     return lost || reordered || closed_by_peer ? 1 : 0;

@@ -232,6 +232,22 @@ def test_d08_segments_without_their_front_are_not_taken_for_a_store(folder: Path
     accepted(folder, bodies[12:], 1)
 
 
+def test_d08_a_missing_newest_segment_is_accepted_once_and_proves_what_was_before_it(folder: Path) -> None:
+    """D-08: the end of the one before it was on disk, so what is torn there is damage, too."""
+    several(folder)
+    with running(folder):
+        pass
+    (folder / "00000004.log").unlink()
+    path = folder / "00000003.log"
+    path.write_bytes(path.read_bytes()[:-1])
+    damage(folder, "00000004.log: the segment is missing")
+    assert check(folder).lost == 2
+    with running(folder, accept_loss=True):
+        shutil.copytree(folder, folder.with_name("killed"))
+    report = check(folder.with_name("killed"))
+    assert (report.damage, report.frames) == ([], 17)
+
+
 def test_d08_no_segment_where_there_was_a_store_is_not_a_new_one(folder: Path) -> None:
     """D-08: never a silent empty start."""
     several(folder)
@@ -429,7 +445,7 @@ HARM = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.integers(0, 1200), min_size=1, max_size=14), harm=HARM, clean=st.booleans())
 def test_d08_whatever_happens_to_the_files_only_declared_errors_and_only_written_frames(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], harm: list[tuple[str, str, int, int]], clean: bool

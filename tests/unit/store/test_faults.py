@@ -135,6 +135,24 @@ def test_d06_a_store_on_a_disk_without_any_space_opens_and_can_be_emptied(small_
     assert bodies_in(folder)[-1] == record(b"there is space")
 
 
+def test_d06_a_segment_is_dropped_although_no_file_can_be_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D-06: to drop makes space, so it must not need any."""
+    bodies = [record(bytes([i]) * 700) for i in range(8)]
+    with running(folder) as run:
+        for body in bodies:
+            run.write(body)
+        run.settle()
+        with monkeypatch.context() as patched:
+            fault = Fault(patched, errno.ENOSPC, "write")
+            run.store.drop(1)
+            run.wait(lambda: not (folder / "00000001.log").exists())
+            assert fault.failed == 1
+    (folder / "closed").unlink()
+    assert bodies_in(folder) == bodies[6:]
+
+
 def fill_up(fd: int) -> None:
     for _ in range(1000):
         os.write(fd, bytes(4096))
@@ -378,6 +396,29 @@ def test_a_segment_is_kept_when_a_commit_before_its_drop_fails(
         run.store.drop(1)
         run.settle()
         run.wait(lambda: not (folder / "00000001.log").exists())
+
+
+def test_a_segment_that_cannot_be_read_now_is_not_dropped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short of descriptors, say: what should have been copied out of it is still there at the next start."""
+    bodies = [record(bytes([i]) * 700) for i in range(14)]
+    with running(folder) as run:
+        for body in bodies:
+            run.write(body)
+        run.settle()
+        found: list[Any] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", _no_descriptors)
+            run.store.read_segment(1, found.append)
+            run.wait(lambda: found == [[]])
+        for _ in range(2):
+            run.store.drop(1)
+            run.store.drop(2)
+        assert sorted(run.store.sizes()) == [1, 2, 3]
+    assert bodies_in(folder) == bodies
+
+
+def _no_descriptors(*arguments: Any, **keywords: Any) -> int:
+    raise OSError(errno.EMFILE, "Too many open files")
 
 
 def test_a_commit_that_cannot_be_built_is_answered(folder: Path) -> None:

@@ -1,0 +1,136 @@
+"""Space on disk: dead segments are dropped from the front. When too much of the journal is dead, what lives in the
+oldest segment is copied to the end."""
+
+import logging
+from typing import Any
+
+from broker.engine import records
+from broker.engine.message import Message
+from broker.engine.spool import Spool, stored_at
+
+log = logging.getLogger(__name__)
+
+KEEP = 128 << 20
+"""Bytes of journal that are never worth copying."""
+SLICE = 400
+"""Records looked at in one go: the next go is after the next commit."""
+
+
+class Compaction:
+    """Of one journal. The journal never holds more than twice what lives in it and `KEEP`."""
+
+    def __init__(self, journal: Any) -> None:
+        self.journal = journal
+        self.failed = False
+        """Something copied could not be written: its segment stays."""
+        self._segment = 0
+        """The segment being copied, 0 for none."""
+        self._work: list[Any] = []
+        """What is left to look at in it: spools, table keys, (position, record)."""
+
+    def tidy(self) -> None:
+        """Called after every commit: drop what is dead, begin to copy when that is worth it."""
+        journal = self.journal
+        if self._segment or journal.loads:
+            return
+        sizes: dict[int, int] = journal.store.sizes()
+        if len(sizes) < 2:
+            return
+        live = journal.live
+        for segment in sorted(sizes)[:-1]:
+            if live.get(segment, 0) > 0:
+                break
+            live.pop(segment, None)
+            del sizes[segment]
+            journal.store.drop(segment)
+        total = sum(sizes.values())
+        if len(sizes) > 1 and total > KEEP and total > 2 * self._needed(sizes) + KEEP:
+            self._begin(min(sizes))
+
+    def _needed(self, sizes: dict[int, int]) -> float:
+        """Bytes that live, at most: sizes of single records are not kept, the densest segment tells the average."""
+        live = self.journal.live
+        densest = max(live.get(segment, 0) / size for segment, size in sizes.items() if size)
+        return min(sum(live.values()) / densest, sum(sizes.values())) if densest else 0.0
+
+    def _begin(self, segment: int) -> None:
+        journal = self.journal
+        self._segment = segment
+        self.failed = False
+        log.debug("copying what is alive in segment %d of the store", segment)
+        self._work = [spool for spool in journal.spools.values() if spool.segment == segment]
+        self._work.extend(journal.values_in(segment))
+        journal.store.read_segment(segment, self._read)
+
+    def _read(self, found: list[tuple[int, bytes]]) -> None:
+        self._work.extend(pair for pair in found if pair[1][0] == records.PUT)
+        self._work.reverse()
+        self._go_on(True)
+
+    def _go_on(self, written: bool) -> None:
+        """Look at the next slice; a commit takes what was copied, then comes the next."""
+        journal = self.journal
+        if not written:
+            self.failed = True
+        if self.failed:
+            self._segment = 0
+            self._work = []
+            return
+        for _ in range(min(SLICE, len(self._work))):
+            item = self._work.pop()
+            if isinstance(item, Spool):
+                if journal.spools.get(item.number) is item and item.segment == self._segment:
+                    journal.snapshot(item)
+            elif isinstance(item, bytes):
+                journal.rewrite_value(item)
+            else:
+                try:
+                    self._look_at(*item)
+                except records.RecordError as error:
+                    log.error("store segment %d: a record makes no sense and is left out: %s", item[0] >> 32, error)
+        journal.after(self._go_on if self._work else self._done)
+
+    def _look_at(self, position: int, record: bytes) -> None:
+        journal = self.journal
+        payload = record[records.HEADER :]
+        takers = []
+        for taker in records.decode_takers(payload):
+            spool = journal.spools.get(taker.session)
+            if spool is not None and spool.alive(taker.seq, position):
+                takers.append((spool, taker.seq, taker.qos, taker.retain, taker.idents))
+        retained: Message | None = None
+        if payload[0] & records.RETAINED and journal.retained_of is not None:
+            retained = journal.retained_of(records.put_topic(payload)[0])
+            if retained is not None and (retained.kept is None or retained.kept.position != position):
+                retained = None
+        if takers or retained is not None:
+            message = records.decode_message(payload, journal.core.now, journal.clock_ms(), journal.origins)
+            journal.copy(takers, retained, position, message)
+
+    def copied(self, takers: list[Any], retained: Message | None, old: int, position: int) -> None:
+        """A copy is on disk: whoever still needs the record finds it there from now on."""
+        journal = self.journal
+        alive = 0
+        for spool, seq, _, _, _ in takers:
+            if journal.spools.get(spool.number) is spool and spool.relocate(seq, position, old):
+                alive += 1
+        if retained is not None and retained.kept is not None and retained.kept.position == old:
+            retained.kept = stored_at(position)
+            alive += 1
+        journal.live[position >> 32] += alive
+
+    def _done(self, written: bool) -> None:
+        if self.failed or not written:
+            self._segment = 0
+        else:
+            self._drop()
+
+    def _drop(self) -> None:
+        journal = self.journal
+        if journal.loads:  # somebody reads by the old positions
+            journal.call_later(0.05, self._drop)
+            return
+        segment, self._segment = self._segment, 0
+        journal.live.pop(segment, None)
+        journal.store.drop(segment)
+        self.tidy()
