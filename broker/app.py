@@ -223,12 +223,20 @@ class Broker:
                 clean = True
         if not clean:
             log.error("not everything could be stopped in time; the store is closed as it should be")
+        for name, left in self._waiting().items():
+            log.info("%d messages for %s wait in the store until the next start", left, name)
         clean = await self._close_store() and clean
         await self._control.close()
         if self._ticker is not None:
             self._ticker.cancel()
         self._node.release()
         return clean
+
+    def _waiting(self) -> dict[str, int]:
+        """Messages that wait for a sink or bridge, by its name."""
+        names = (*self.settings.sinks, *self.settings.bridges)
+        counts = {name: sum(s.queued for s in self.engine.lanes(name)) for name in names}
+        return {name: count for name, count in counts.items() if count}
 
     async def _close_store(self) -> bool:
         """Let what is in memory reach the disk; False when it did not."""

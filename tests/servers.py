@@ -129,7 +129,9 @@ def accepts(port: int, host: str = "127.0.0.1") -> bool:
 
 def program(name: str) -> str | None:
     """Path of a program, also where an ordinary user's PATH does not look."""
-    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/local/sbin")
+    folders = [os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/local/sbin"]
+    folders += sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
+    return shutil.which(name, path=":".join(folders))
 
 
 @contextlib.contextmanager
@@ -1045,6 +1047,8 @@ PACKAGES = {
     "ldapsearch": "ldap-utils",
     "mosquitto": "mosquitto",
     "mosquitto_pub": "mosquitto-clients",
+    "postgres": "postgresql",
+    "mariadbd": "mariadb-server",
 }
 SERVICES: dict[str, Callable[[], Any]] = {"slapd": slapd, "samba": samba, "kafka": kafka, "mosquitto": mosquitto}
 

@@ -7,6 +7,7 @@ question about topics. Everything else is a task that ends with exactly one `acc
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import Counter
@@ -88,6 +89,8 @@ class AccessGate:
                     continue
                 guard = await open_guard(instance, settings.access)
                 opened.append(guard)
+                if hasattr(guard.backend, "on_change"):
+                    guard.backend.on_change = functools.partial(self.flush, backend=name)
                 fresh[name] = (instance, guard)
             order = settings.access.order
             names = tuple(fresh) if order is None else tuple(order)
@@ -220,6 +223,16 @@ class AccessGate:
     def purge(self, username: str | None = None) -> int:
         """Forget cached verdicts about a user name (None: all); returns how many."""
         return sum(guard.cache.purge(username) for _, guard in self._instances.values())
+
+    def flush(self, username: str | None = None, *, backend: str | None = None) -> int:
+        """Rights of a user name (None: anybody's) changed: forget the verdicts, read the rights of connected clients
+        again now. `backend` names the instance they changed in; returns how many verdicts were forgotten."""
+        count = 0
+        for name, (_, guard) in self._instances.items():
+            if backend in (None, name):
+                count += guard.cache.purge(username)
+                self._refresher.due(name, username)
+        return count
 
     async def check(self) -> None:
         """One real round trip to every backend; raises BackendUnavailable."""

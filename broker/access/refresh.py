@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 TICK = 1.0
 """Seconds between looks at who is due."""
+SETTLE = 0.05
+"""Seconds in which changes are gathered before rights are read again: a table is changed row by row."""
 PARALLEL = 4
 """Clients whose rights are read at the same time; logins come first."""
 NOT_AUTHORIZED = 0x87
@@ -34,6 +36,8 @@ class Refresher:
         self._live: dict[str, weakref.WeakSet[Principal]] = {}
         self._task: asyncio.Task[None] | None = None
         self._timers: set[asyncio.TimerHandle] = set()
+        self._due: dict[Principal, None] = {}
+        self._now: asyncio.Task[None] | None = None
 
     def watch(self, principal: Principal) -> None:
         """A client logged in."""
@@ -54,6 +58,22 @@ class Refresher:
             for principal in self._live[name]:
                 self._plan(name, principal, 0.0)
 
+    def due(self, name: str, username: str | None) -> None:
+        """The rights of those who came through this instance with this user name (None: of all) changed: read them now,
+        besides when they are read anyway."""
+        for principal in self._live.get(name, ()):
+            if username is None or principal.username == username:
+                self._due[principal] = None
+        if self._due and (self._now is None or self._now.done()):
+            self._now = asyncio.get_running_loop().create_task(self._read_now())
+
+    async def _read_now(self) -> None:
+        while self._due:
+            await asyncio.sleep(SETTLE)
+            due, self._due = self._due, {}
+            places = asyncio.Semaphore(PARALLEL)
+            await asyncio.gather(*(self._refresh(principal, places, again=False) for principal in due))
+
     def _plan(self, name: str, principal: Principal, due: float) -> None:
         self._queues.setdefault(name, deque()).append((due, weakref.ref(principal)))
         if self._task is None or self._task.done():
@@ -64,6 +84,9 @@ class Refresher:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+        if self._now is not None:
+            self._now.cancel()
+            self._now = None
         for timer in self._timers:
             timer.cancel()
         self._timers.clear()
@@ -86,14 +109,14 @@ class Refresher:
                 del self._queues[name]
         places = asyncio.Semaphore(PARALLEL)
 
-        async def one(principal: Principal) -> None:
-            async with places:
-                await self._refresh(principal)
-
         if due:
-            await asyncio.gather(*map(one, due))
+            await asyncio.gather(*(self._refresh(principal, places) for principal in due))
 
-    async def _refresh(self, principal: Principal) -> None:
+    async def _refresh(self, principal: Principal, places: asyncio.Semaphore, *, again: bool = True) -> None:
+        async with places:
+            await self._read(principal, again)
+
+    async def _read(self, principal: Principal, again: bool) -> None:
         guard = self._gate.guard(principal.backend)
         if guard is None or principal.backend is None:
             return  # its instance was removed, and its rights with it
@@ -105,7 +128,7 @@ class Refresher:
             with contextlib.suppress(Exception):
                 self._gate.apply(principal, answer)
             guard = self._gate.guard(principal.backend)
-            if guard is not None and guard.refresh:
+            if again and guard is not None and guard.refresh:
                 self._plan(principal.backend, principal, asyncio.get_running_loop().time() + guard.refresh)
             return
         logger.warning(
