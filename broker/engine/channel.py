@@ -685,11 +685,11 @@ class Channel(Outbox):
             if packet[0] == 0x40:
                 self.unanswered -= 1
             if hold is not None and hold.code:
+                if packet[0] == 0x50:
+                    self._free(packet)
                 if not self.v5:
                     self._end()
                     return
-                if packet[0] == 0x50 and self.session is not None:
-                    self._forget(self.session, packet[2] << 8 | packet[3])  # a failed PUBREC frees the identifier
                 packet = bytes((packet[0], 3, packet[2], packet[3], hold.code))
             out.append(packet)
         if not held:
@@ -699,6 +699,18 @@ class Channel(Outbox):
             self.push(b"".join(out))
         if self.suspended and (self.held is None or len(self.held) < self.core.limits.receive_maximum):
             self.resume_parse()
+
+    def _free(self, pubrec: bytes) -> None:
+        """A failed PUBREC frees the identifier."""
+        session = self.session
+        if session is None:
+            return
+        ident = pubrec[2] << 8 | pubrec[3]
+        session.forget(ident)
+        if self.unreleased:
+            self.unreleased -= 1
+        if session.spool is not None:
+            self.core.journal.unmark(session.spool, ident)
 
     def _flush_acks(self) -> None:
         acks = self.acks
@@ -733,10 +745,13 @@ class Channel(Outbox):
             raise ProtocolError(0x82, "packet identifier 0")  # [MQTT-2.2.1-3]
         known = self._forget(session, ident)
         spool = session.spool
-        if spool is not None and spool.marks is not None and ident in spool.marks:
-            # the identifier may carry another message next: it must not be remembered beyond a crash
-            self.core.journal.forget(spool, ident, self, b"\x70\x02" + ident.to_bytes(2, "big"))
-            return
+        if spool is not None:
+            journal = self.core.journal
+            if journal.unmark(spool, ident) or not (known or journal.idle):
+                # the identifier may carry another message next: it must not be remembered beyond a crash
+                code = b"" if known or not self.v5 else b"\x92"
+                journal.reply(self, bytes((0x70, 2 + len(code), ident >> 8, ident & 255)) + code)
+                return
         self._reply(0x70, ident, 0 if known else 0x92)
 
     def _on_pubrec(self, session: Session, ident: int, code: int) -> None:
@@ -948,9 +963,11 @@ class Channel(Outbox):
         self.pieces = None
         self.memo_entry = None
         if self.held is not None:
-            for _, hold, _ in self.held:
+            for packet, hold, _ in self.held:
                 if hold is not None:
                     hold.owner = None
+                    if hold.code and packet[0] == 0x50:
+                        self._free(packet)
             self.held = None
         if link is None:
             return

@@ -23,15 +23,25 @@ class Compaction:
         self.journal = journal
         self.failed = False
         """Something copied could not be written: its segment stays."""
+        self._copied = False
+        """What lived in the segment is on disk once more: it can go."""
         self._segment = 0
         """The segment being copied, 0 for none."""
         self._work: list[Any] = []
         """What is left to look at in it: spools, table keys, (position, record)."""
 
     def tidy(self) -> None:
-        """Called after every commit: drop what is dead, begin to copy when that is worth it."""
+        """Drop what is dead, begin to copy when that is worth it. Only while everything is handed over to the store:
+        what made a record dead (a newer one, a copy for another session) may still be on its way there."""
         journal = self.journal
-        if self._segment or journal.loads:
+        if journal.due or journal.loads:  # whoever reads does so by the old positions
+            return
+        if self._copied:
+            journal.live.pop(self._segment, None)
+            journal.store.drop(self._segment)
+            self._segment = 0
+            self._copied = False
+        if self._segment:
             return
         sizes: dict[int, int] = journal.store.sizes()
         if len(sizes) < 2:
@@ -110,27 +120,17 @@ class Compaction:
     def copied(self, takers: list[Any], retained: Message | None, old: int, position: int) -> None:
         """A copy is on disk: whoever still needs the record finds it there from now on."""
         journal = self.journal
-        alive = 0
-        for spool, seq, _, _, _ in takers:
-            if journal.spools.get(spool.number) is spool and spool.relocate(seq, position, old):
-                alive += 1
-        if retained is not None and retained.kept is not None and retained.kept.position == old:
+        # all are asked before the first is told: in flight, they share one record
+        alive = [t for t in takers if journal.spools.get(t[0].number) is t[0] and t[0].alive(t[1], old)]
+        kept = retained is not None and retained.kept is not None and retained.kept.position == old
+        for spool, seq, _, _, _ in alive:
+            spool.relocate(seq, position)
+        if kept and retained is not None:
             retained.kept = stored_at(position)
-            alive += 1
-        journal.live[position >> 32] += alive
+        journal.live[position >> 32] += len(alive) + kept
 
     def _done(self, written: bool) -> None:
         if self.failed or not written:
             self._segment = 0
         else:
-            self._drop()
-
-    def _drop(self) -> None:
-        journal = self.journal
-        if journal.loads:  # somebody reads by the old positions
-            journal.call_later(0.05, self._drop)
-            return
-        segment, self._segment = self._segment, 0
-        journal.live.pop(segment, None)
-        journal.store.drop(segment)
-        self.tidy()
+            self._copied = True

@@ -235,9 +235,11 @@ class Engine:
             if anew or (present and session.spool is not None and session.spool.segment == 0):
                 journal.after(lambda written: self._welcome_later(channel, session, connack, written))
                 return
-        elif anew:
+        elif anew and journal is not None:
             journal.after(lambda written: self._welcome_later(channel, session, connack, written))
             return
+        elif session.spool is not None:  # from now on it ends with its connection, a crash included
+            self._note_life(session, True)
         self._welcome(channel, session, connack)
 
     def _survive(self, session: Session, journal: Journal, anew: bool) -> None:
@@ -247,10 +249,10 @@ class Engine:
         if session.spool is None:
             session.spool = journal.open(session)
         elif anew:
-            session.spool.marks = None
+            session.spool.marks = session.spool.marking = None
             journal.snapshot(session.spool)
         else:
-            journal.note(records.encode_json(records.LIFE, session.spool.number, session.life(journal, True)))
+            self._note_life(session, True)
 
     def _welcome(self, channel: Channel, session: Session, connack: bytes) -> None:
         """CONNACK, and what waits for the client."""
@@ -338,26 +340,33 @@ class Engine:
         session.detach()
         if channel.graceful:
             session.will = None  # [MQTT-3.14.4-3]
-        for entry in session.take_shared():
+        journal = self.core.journal
+        # while nothing can be stored once more, what is on disk stays where it is
+        stays = session.spool is not None and session.persistent and journal.refusing
+        for entry in () if stays else session.take_shared():
             entry[5].again(entry[0], entry[4])
             if entry[7] is not None:
-                self.core.journal.hurry(entry[0])
+                journal.hurry(entry[0])
                 session.moved(entry)
         if session.will is not None:
             delay = min(session.will_delay, session.expiry) if session.persistent else 0.0
             if delay > 0:
-                self._timer(session, "will", self.core.now + delay, lambda: self.publish_will(session))
+                self._timer(session, "will", self.core.now + delay, lambda: self._will_is_due(session))
             else:
                 self.publish_will(session)
         if not session.persistent:
             self.end_session(session)
         else:
             self.start_expiry(session)
-            if session.spool is not None:
-                journal = self.core.journal
-                journal.note(records.encode_json(records.LIFE, session.spool.number, session.life(journal, False)))
+            self._note_life(session, False)
         if self.on_disconnected is not None:
             self.on_disconnected(channel)
+
+    def _note_life(self, session: Session, connected: bool) -> None:
+        """The journal learns what has become of the session's connection, expiry and will."""
+        journal = self.core.journal
+        if session.spool is not None:
+            journal.note(records.encode_json(records.LIFE, session.spool.number, session.life(journal, connected)))
 
     def half_close(self, link: Any) -> bool:
         """Close our half of the connection now and the rest after a moment; False when the link cannot do that."""
@@ -422,6 +431,10 @@ class Engine:
             self.publish(will, session)
         except Exception as error:
             self._failed(error, f"the will of client {session.client_id!r} could not be published")
+
+    def _will_is_due(self, session: Session) -> None:
+        self.publish_will(session)
+        self._note_life(session, False)  # a restart is not to publish it again
 
     def end_session(self, session: Session) -> None:
         """Forget a session with everything it holds; a will still waiting is published now. [MQTT-3.1.2-23]"""
@@ -490,6 +503,8 @@ class Engine:
             self.retained_store.clear(message.topic)  # [MQTT-3.3.1-6]
             if old is not None:
                 journal.unretain(old, hold)
+            elif hold is not None and journal is not None and not journal.idle:  # a clear may be on its way to disk
+                journal.wait(hold)
             return True
         if self.retained_store.store(message):  # [MQTT-3.3.1-5]
             if journal is not None:
@@ -637,7 +652,7 @@ class Engine:
         session.will, delay, due = will
         if due == 0:  # its client was connected when the broker ended
             due = now + (min(delay, session.expiry) if session.persistent else 0.0)
-        self._timer(session, "will", due, lambda: self.publish_will(session))
+        self._timer(session, "will", due, lambda: self._will_is_due(session))
 
     def start_expiry(self, session: Session) -> None:
         """A session without a connection lives for its expiry from now on."""
@@ -726,6 +741,9 @@ class Engine:
         """Answer UNSUBSCRIBE once it is on disk."""
 
         def answer(written: bool) -> None:
+            if not written and not channel.v5:  # its UNSUBACK can only say yes
+                channel._end()
+                return
             said = codes if written else [0x83] * len(codes)
             channel.push_live(packets.encode_unsuback(packet_id, channel.version, said))  # [MQTT-3.10.4-4]
 

@@ -183,7 +183,8 @@ class Journal:
             if not message.ident:
                 self.core.stamp(message)
             pending = message.pending = Pending(message)
-            self._enter(pending, hold is not None)
+            # the record of the old one may go as soon as everything urgent is handed over
+            self._enter(pending, hold is not None or old is not None)
         pending.retained = True
         message.kept = pending
         if hold is not None and pending.hold is None:
@@ -218,17 +219,32 @@ class Journal:
         if pending is not None and pending.state == OPEN:
             pending.publisher = spool
             pending.publisher_ident = ident
+            if spool.marking is None:
+                spool.marking = {}
+            spool.marking[ident] = pending
 
-    def forget(self, spool: Spool, ident: int, channel: Any, reply: bytes) -> None:
-        """PUBREL came for an identifier that is on disk (in `spool.marks`): PUBCOMP leaves when that is."""
-        assert spool.marks is not None
-        spool.marks.discard(ident)
+    def unmark(self, spool: Spool, ident: int) -> bool:
+        """The identifier may carry another message next: True when a record must say so first, and will."""
+        pending = spool.marking.pop(ident, None) if spool.marking is not None else None
+        if pending is not None:
+            pending.publisher = None
+            if pending.state != WRITING:
+                return False
+        elif spool.marks is not None and ident in spool.marks:
+            spool.marks.discard(ident)
+        else:
+            return False
         self._freed.setdefault(spool, []).append(ident)
-        self.reply(channel, reply)
+        return True
 
     def released(self, spool: Spool, seq: int, pending: Pending, channel: Any, reply: bytes) -> None:
         """PUBREC came: PUBREL leaves when that is on disk."""
-        self.free(pending.position)
+        if pending.state == STORED:
+            self.free(pending.position)
+        elif pending.state == OPEN or pending.state == WRITING:  # of an imported session
+            pending.drop(spool, seq)
+            if pending.state == OPEN and pending.left == 0:
+                self.settled(pending)
         self._notes.append(records.encode_released(spool.number, seq))
         self.reply(channel, reply)
 
@@ -410,6 +426,12 @@ class Journal:
                     frames.append((b"".join(parts), 0))
                     parts = []
                     size = 0
+        # before the messages: one of them may have such an identifier already
+        for spool, idents in self._freed.items():
+            commit.notes.append(records.encode_freed(spool.number, idents))
+            parts.append(commit.notes[-1])
+            size += len(parts[-1])
+        self._freed = {}
         hot = self._hot
         self._hot = []
         for pending in hot:
@@ -425,20 +447,21 @@ class Journal:
                 frames.append((b"".join(parts), entries))
                 parts = []
                 size = entries = 0
-        for copy in self._copies:
-            commit.copies.append((*copy[:3], len(frames), size))
-            parts.append(copy[3])
-            size += len(copy[3])
+        for takers, retained, position, record in self._copies:
+            if retained is not None and (retained.kept is None or retained.kept.position != position):
+                # replaced or cleared since: this record comes behind the one that says so
+                retained = None
+                at = records.HEADER
+                record = record[:at] + bytes((record[at] & ~records.RETAINED,)) + record[at + 1 :]
+            commit.copies.append((takers, retained, position, len(frames), size))
+            parts.append(record)
+            size += len(record)
             if size >= FRAME:
                 frames.append((b"".join(parts), entries))
                 parts = []
                 size = entries = 0
         self._copies = []
         # last: a message that went from one session to another is stored before it is forgotten where it was
-        for spool, idents in self._freed.items():
-            commit.notes.append(records.encode_freed(spool.number, idents))
-            parts.append(commit.notes[-1])
-        self._freed = {}
         for spool in self._dirty:
             spool.dirty = False
             done = spool.done
@@ -457,6 +480,7 @@ class Journal:
         self._outstanding[self._number] = commit
         if frames:
             self.store.write(self._number, frames, self.clock_ms())
+            self.compaction.tidy()
         else:
             self.written(self._number, [])
 
@@ -555,13 +579,10 @@ class Journal:
             publisher = pending.publisher
             if publisher is not None:
                 pending.publisher = None
-                ident = pending.publisher_ident
-                if publisher.session.seen(ident):
+                if publisher.marking is not None and publisher.marking.pop(pending.publisher_ident, None) is pending:
                     if publisher.marks is None:
                         publisher.marks = set()
-                    publisher.marks.add(ident)
-                else:
-                    self.note(records.encode_freed(publisher.number, [ident]))
+                    publisher.marks.add(pending.publisher_ident)
             spool = pending.spool
             if spool is not None and (spool.tail is not None or spool.session.queue is not None):
                 affected[spool] = None
@@ -596,9 +617,10 @@ class Journal:
             owner.on_released()
         for spool in affected:
             spool.settle()
-        self.compaction.tidy()
-        if self._due:
+        if self.due:
             self.wake()
+        else:
+            self.compaction.tidy()
 
     def failed(self, number: int, error: Any) -> None:
         """The store: this commit could not be written, nothing of it is acknowledged. What is not a message is written
@@ -634,6 +656,11 @@ class Journal:
             for taker in pending.takers():
                 affected[taker[0]] = None
             pending.message = None
+            publisher = pending.publisher
+            if publisher is not None:
+                self.unmark(publisher, pending.publisher_ident)
+                if hold is None or hold.owner is None:  # nobody is told: sent again, it is a new message
+                    publisher.session.forget(pending.publisher_ident)
             if hold is not None:
                 hold.fail(code)
         self.core.count("store_failed", max(1, len(commit.items)))
@@ -656,7 +683,7 @@ class Journal:
             clock = self.clock_ms()
             for entry, record in zip(entries, found, strict=True):
                 messages.append(self._read(spool, entry, record, clock))
-            spool.loaded(messages)
+            spool.loaded(entries, messages)
             if not self.loads:
                 self.compaction.tidy()
 
@@ -693,10 +720,10 @@ class Journal:
     @property
     def idle(self) -> bool:
         """Whether nothing waits to be written."""
-        return not (self._young or self._old or self._outstanding or self._due)
+        return not (self._young or self._old or self._outstanding or self.due)
 
     @property
-    def _due(self) -> bool:
+    def due(self) -> bool:
         """Whether there is something for the next commit."""
         after = self._next
         return bool(

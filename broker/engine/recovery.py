@@ -11,15 +11,16 @@ from typing import Any
 
 from broker.engine import records
 from broker.engine.backlog import Backlog
-from broker.engine.inflight import RELEASED, Inflight
+from broker.engine.inflight import FREE, RELEASED, Inflight
 from broker.engine.journal import Journal, restored
 from broker.engine.message import Message, Origin
 from broker.engine.session import NEVER, Session
 from broker.engine.spool import Spool
-from broker.engine.topics import split_share
+from broker.engine.topics import split_share, valid_filter, valid_name
 
 log = logging.getLogger(__name__)
 
+IDENTIFIERS = 65_535
 REPORTED = 10
 """Bad records named in the log one by one."""
 
@@ -97,6 +98,8 @@ class Recovery:
                 found.entries.pop(seq, None)
                 found.released.discard(seq)
                 found.done.add(seq)
+                if seq >= found.next_seq:  # its message may never have been written, no other may get its number
+                    found.next_seq = seq + 1
         elif kind == records.RELEASED:
             number, seq = records.decode_released(payload)
             found = self._session(number)
@@ -107,11 +110,12 @@ class Recovery:
         elif kind == records.LIFE:
             number, fields = records.decode_json(payload)
             found = self._session(number)
+            life = _life(fields)
             if found.fields is not None:
-                found.fields.update(fields)
+                found.fields.update(life)
         elif kind == records.SUBSCRIBED:
             number, fields = records.decode_json(payload)
-            subscription = fields["sub"]
+            subscription = _subscription(fields["sub"])
             self._session(number).subscriptions[subscription[0]] = subscription
         elif kind == records.UNSUBSCRIBED:
             self._session(records.decode_session(payload)).subscriptions.pop(payload[4:].decode(), None)
@@ -154,13 +158,19 @@ class Recovery:
         number, fields = records.decode_json(payload)
         if not isinstance(fields["c"], str) or not fields["c"]:
             raise records.RecordError("a session without its client id")
-        found = self._session(number)
-        floor, sent = int(fields["f"]), int(fields["s"])
-        if floor < 1 or sent < floor:
+        if fields["o"] is not None and not isinstance(fields["o"], str):
+            raise records.RecordError("a session whose owner is not a name")
+        _life(fields)
+        floor, sent, next_seq = fields["f"], fields["s"], fields["n"]
+        _numbers([floor, sent, next_seq])
+        if sent < floor or sent - floor > IDENTIFIERS:
             raise records.RecordError("a session with impossible sequence numbers")
-        unacknowledged = set(fields["open"])
-        gone = set(fields["gone"])
-        released = set(fields["rel"])
+        unacknowledged = _numbers(fields["open"])
+        gone = _numbers(fields["gone"])
+        released = _numbers(fields["rel"])
+        marks = _numbers(fields["marks"], IDENTIFIERS)
+        subscriptions = {entry[0]: _subscription(entry) for entry in fields["subs"]}
+        found = self._session(number)
         found.entries = {
             seq: entry
             for seq, entry in found.entries.items()
@@ -169,10 +179,10 @@ class Recovery:
         # a message whose first copy was dropped with its segment may come again behind this record: it says who is done
         found.done = gone | {seq for seq in range(floor, sent) if seq not in unacknowledged and seq not in released}
         found.released = released
-        found.marks = set(fields["marks"])
+        found.marks = marks
         found.floor = floor
-        found.next_seq = max(found.next_seq, int(fields["n"]))
-        found.subscriptions = {entry[0]: entry for entry in fields["subs"]}
+        found.next_seq = max(found.next_seq, next_seq)
+        found.subscriptions = subscriptions
         found.fields = fields
         found.segment = position >> 32
 
@@ -185,19 +195,24 @@ class Recovery:
         for key, (position, value) in self.values.items():
             journal.adopt_value(key, value, position)
         clock = journal.clock_ms()
+        newest = {f.fields["c"]: n for n, f in sorted(self.sessions.items()) if f.fields is not None}
         for number, found in self.sessions.items():
             fields = found.fields
             if fields is None:
                 if found.entries or found.subscriptions:
                     self._reject(0, records.META, records.RecordError(f"session {number} has no snapshot"))
                 continue
-            if fields["c"] in engine.sessions:
-                self._reject(found.segment << 32, records.META, records.RecordError("a client id has two sessions"))
+            if newest[fields["c"]] != number:  # its end is the one record the crash took
+                journal.note(records.encode_session(records.END, number))
                 continue
             self._install_session(engine, journal, number, found, clock)
         origins: dict[bytes, Origin] = {}
         for position, payload in self.retained.values():
-            message = records.decode_message(payload, engine.core.now, clock, origins)
+            try:
+                message = records.decode_message(payload, engine.core.now, clock, origins)
+            except records.RecordError as error:
+                self._reject(position, records.PUT, error)
+                continue
             if message.expires != 0 and message.expires <= engine.core.now:
                 continue
             message.retain = True
@@ -235,6 +250,7 @@ class Recovery:
             for ident in found.marks:
                 session.remember(ident)
         worker = session.client_id.startswith("isthmus/")
+        session.durable = not worker and engine.core.limits.queue_overflow == "reject"
         for filter, qos, no_local, rap, ident in found.subscriptions.values():
             raw = filter.encode()
             if worker:  # made effective when the configuration is applied
@@ -244,6 +260,8 @@ class Recovery:
         if ends:
             session.ends_at = journal.from_clock(ends)
         engine.continue_session(session, _will(fields["will"], journal))
+        if fields["on"]:  # or the next restart would let its expiry and its will begin once more
+            journal.note(records.encode_json(records.LIFE, number, session.life(journal, False)))
         if ends and ends <= clock:
             self.expired.append(session)
 
@@ -258,7 +276,8 @@ class Recovery:
         if released:
             inflight = session.inflight = Inflight()
             for seq in released:
-                inflight.put((seq - 1) % 65535 + 1, RELEASED, b"", b"")
+                if inflight.state((seq - 1) % 65535 + 1) == FREE:
+                    inflight.put((seq - 1) % 65535 + 1, RELEASED, b"", b"")
             inflight.next_id = (spool.next_seq - 1) % 65535 + 1
             if not alive:
                 spool.sent = spool.next_seq
@@ -278,8 +297,12 @@ def _will(fields: dict[str, Any] | None, journal: Journal) -> tuple[Message, flo
     """(will, its delay, when it is due on the engine's clock or 0)."""
     if fields is None:
         return None
+    return _will_message(fields), float(fields["delay"]), journal.from_clock(int(fields["at"]))
+
+
+def _will_message(fields: dict[str, Any]) -> Message:
     origin = records.decode_origin(fields["origin"].encode()) if fields["origin"] else None
-    will = Message(
+    return Message(
         fields["topic"].encode(),
         b64decode(fields["payload"]),
         int(fields["qos"]),
@@ -288,7 +311,41 @@ def _will(fields: dict[str, Any] | None, journal: Journal) -> tuple[Message, flo
         float(fields["expires"]),
         origin,
     )
-    return will, float(fields["delay"]), journal.from_clock(int(fields["at"]))
+
+
+def _life(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a LIFE record says and a snapshot repeats, checked. Raises RecordError."""
+    ends, expiry, window, will = fields["x"], fields["e"], fields["w"], fields["will"]
+    if not isinstance(ends, int) or not isinstance(expiry, int | float) or not isinstance(window, int):
+        raise records.RecordError("a connection whose numbers are none")
+    if ends < 0 or expiry < 0 or window < 1:
+        raise records.RecordError("a connection with impossible numbers")
+    if will is not None:
+        message = _will_message(will)
+        if not valid_name(message.topic) or message.qos not in (0, 1, 2):
+            raise records.RecordError("a will that cannot be published")
+        if not isinstance(will["delay"], int | float) or not isinstance(will["at"], int):
+            raise records.RecordError("a will that is due at no time")
+    return {"on": bool(fields["on"]), "x": ends, "e": expiry, "w": window, "v5": bool(fields["v5"]), "will": will}
+
+
+def _numbers(found: Any, highest: int = 1 << 62) -> set[int]:
+    """Sequence numbers or packet identifiers, checked. Raises RecordError."""
+    if not isinstance(found, list) or not all(type(n) is int and 0 < n <= highest for n in found):
+        raise records.RecordError("a session with impossible numbers")
+    return set(found)
+
+
+def _subscription(found: Any) -> list[Any]:
+    """[filter, QoS, No Local, Retain As Published, identifier], checked. Raises RecordError."""
+    filter, qos, _, _, ident = found
+    if not isinstance(filter, str) or qos not in (0, 1, 2) or type(ident) is not int or not 0 <= ident < 1 << 28:
+        raise records.RecordError("an impossible subscription")
+    raw = filter.encode()
+    parts = split_share(raw) if raw.startswith(b"$share/") else (b"", raw)
+    if parts is None or not valid_filter(parts[1]):
+        raise records.RecordError("a subscription to an impossible filter")
+    return list(found)
 
 
 def recover(frames: Iterable[tuple[int, int, bytes]], progress: Callable[[int], None] | None = None) -> Recovery:

@@ -144,6 +144,7 @@ class Session(Receiver):
             said = self._admit(qos, size)
             if said != LATER:
                 return said
+            seq = spool.next_seq  # making room may have let another publisher go on
         safe = hold
         if self.spec is not None and self.spec.ack != "spool":
             safe = None
@@ -324,7 +325,10 @@ class Session(Receiver):
         if reason:
             self.count_drop(reason)
         if entry[4] is not None:
-            entry[4].release()
+            if reason == "store_failed":
+                entry[4].fail(0x97)
+            else:
+                entry[4].release()
         if entry[7] is not None and self.spool is not None:
             self.spool.finish(entry[6], entry[7], self.inflight)
 

@@ -43,6 +43,7 @@ cdef class Spool:
     cdef public list done
     cdef public set gone
     cdef public set marks
+    cdef public dict marking
     cdef public bint dirty
     cdef public unsigned int segment
     cdef object __weakref__

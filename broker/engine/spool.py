@@ -123,6 +123,8 @@ class Spool:
         """Taken out of the middle of the queue."""
         self.marks: set[int] | None = None
         """QoS 2 identifiers of this client's messages that are on disk."""
+        self.marking: dict[int, Pending] | None = None
+        """Those of messages on their way there."""
         self.dirty = False
         self.segment = 0
         """Where the session's last snapshot is; 0 before the first."""
@@ -282,16 +284,13 @@ class Spool:
             self.loading = taken
             self.journal.load(self, taken)
 
-    def loaded(self, messages: list[Any]) -> None:
-        """`messages` are (message, taker) for each entry that was asked for; None for one that cannot be read."""
-        taken = self.loading
+    def loaded(self, taken: list[Any], messages: list[Any]) -> None:
+        """`messages` are (message, taker) for each of the entries that were asked for; None for one that cannot be
+        read."""
+        if self.loading is not taken:  # given up or put back meanwhile
+            return
         self.loading = None
         session = self.session
-        if taken is None or session.spool is not self:
-            return
-        if session.outbox is None:
-            self._to_backlog().push_front(taken)
-            return
         queue = session.queue
         if queue is None:
             queue = session.queue = deque()
@@ -310,6 +309,9 @@ class Spool:
     def fold(self) -> None:
         """The connection is gone: what was read back or is written already needs no memory."""
         session = self.session
+        if self.loading is not None:
+            self._to_backlog().push_front(self.loading)
+            self.loading = None
         queue = session.queue
         if not queue:
             return
@@ -370,8 +372,7 @@ class Spool:
                 self.journal.free(position)
             count += len(waiting)
             waiting = self.backlog.take(4096) if self.backlog is not None else []
-        if self.loading is not None:
-            self.loading = []
+        self.loading = None
         if self.backlog is not None:
             self.backlog.close()
             self.backlog = None
@@ -413,30 +414,27 @@ class Spool:
                 return bool(entry[7].position == position)
         return False
 
-    def relocate(self, seq: int, position: int, old: int) -> bool:
-        """The record of a message was copied: False when the message has been finished meanwhile."""
-        if not self.alive(seq, old):
-            return False
+    def relocate(self, seq: int, position: int) -> None:
+        """The record of a message that is `alive` was copied."""
         inflight = self.session.inflight
         if inflight is not None and seq < self.sent:
             inflight.stored_of((seq - 1) % 65535 + 1).position = position
-            return True
+            return
         for entry in self.session.queue or ():
             if entry[6] == seq and entry[7] is not None:
                 entry[7].position = position
-                return True
+                return
         if self.loading is not None:
             for i, entry in enumerate(self.loading):
                 if entry[0] == seq:
                     self.loading[i] = (seq, position, entry[2], entry[3])
-                    return True
+                    return
         if self.backlog is not None and self.backlog.relocate(seq, position):
-            return True
+            return
         for entry in self.tail or ():
             if entry[6] == seq:
                 entry[7].position = position
-                return True
-        return False
+                return
 
     def open_numbers(self) -> tuple[list[int], list[int]]:
         """(sent and not acknowledged, released) for a snapshot."""
