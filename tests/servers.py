@@ -1049,24 +1049,26 @@ PACKAGES = {
     "mosquitto_pub": "mosquitto-clients",
     "postgres": "postgresql",
     "mariadbd": "mariadb-server",
+    "redis-server": "redis-server",
+    "javac": "default-jdk-headless",
 }
 SERVICES: dict[str, Callable[[], Any]] = {"slapd": slapd, "samba": samba, "kafka": kafka, "mosquitto": mosquitto}
 
 
 def required() -> set[str]:
-    """The services whose absence is a failure: REQUIRE=slapd,kafka,mosquitto."""
+    """The services whose absence is a failure: REQUIRE=slapd,kafka."""
     return {name.strip() for name in os.environ.get("REQUIRE", "").split(",") if name.strip()}
 
 
 def install_packages() -> bool:
-    """Debian packages for slapd, mosquitto, Java and Maven; True when everything is there afterwards."""
+    """Debian packages of the servers, Java and Maven; True when everything is there afterwards."""
     wanted = [package for tool, package in PACKAGES.items() if program(tool) is None]
     if program("java") is None:
         wanted.append("default-jre-headless")
     if program("mvn") is None and not any((KAFKA_HOME / "libs").glob("kafka_2.13-*.jar")):
         wanted.append("maven")
     if not wanted:
-        print("servers: slapd, mosquitto and their tools are here")
+        print("servers: the programs from Debian packages are here")
         return True
     return _install(wanted)
 
@@ -1156,8 +1158,12 @@ def main(arguments: Sequence[str]) -> int:
     """`install`, `install samba`, `list` or `fill URL`."""
     if list(arguments) == ["install"]:
         packages = install_packages()
-        jars = install_kafka()
-        missing = ((set() if jars else {"kafka"}) | (set() if packages else {"slapd", "mosquitto"})) & required()
+        from tests.nosql_servers import install_mongodb  # it uses this module
+
+        absent = set() if packages else {"slapd", "mosquitto", "postgresql", "mariadb", "redis"}
+        absent |= set() if install_kafka() else {"kafka"}
+        absent |= set() if install_mongodb() else {"mongodb"}
+        missing = absent & required()
         if missing:
             print(f"servers: REQUIRE names {', '.join(sorted(missing))}, which cannot be had here", file=sys.stderr)
         return 1 if missing else 0

@@ -48,6 +48,17 @@ class Chain:
                 return decision
         return None if self.guards else nobody(explicit=True)
 
+    def reads(self, client: Client) -> bool:
+        """Whether somebody here is asked about a client without a password."""
+        named = client.username is not None or "ws_cookie" in client.certificate
+        named = named or "ws_authorization" in client.certificate
+        return named and any(guard.without_password for guard in self.guards)
+
+    async def decide_without(self, client: Client) -> Decision:
+        """The same for a client that sent no password: only those are asked that need none."""
+        chain = Chain(tuple(guard for guard in self.guards if guard.without_password))
+        return await chain.decide(client, b"")
+
     async def decide(self, client: Client, password: bytes) -> Decision:
         """Ask until somebody decides. Never raises but when cancelled."""
         failed: Decision | None = None

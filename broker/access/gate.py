@@ -154,12 +154,16 @@ class AccessGate:
         proved = identity.get("username")
         username = proved or connect.username
         password = connect.password
+        client = Client(connect.client_id, username, channel.peerhost, listener.name, identity)
+        chain = self.chain(listener.auth)
+        if proved is None and password is None and chain.reads(client):
+            task = asyncio.get_running_loop().create_task(self._decide(channel, client, chain, None))
+            self._pending[channel] = task
+            return
         if proved is None and username is None and password is None and self._anonymous_on(listener):
             channel.accept(self._principal(connect.client_id, None, channel, identity))
             self.counters["accepted"] += 1
             return
-        client = Client(connect.client_id, username, channel.peerhost, listener.name, identity)
-        chain = self.chain(listener.auth)
         if password is None:
             if proved is None:
                 self._finish(channel, client, _without_password(client))
@@ -272,7 +276,12 @@ class AccessGate:
 
     async def _decide(self, channel: Any, client: Client, chain: Chain, password: bytes | None) -> None:
         try:
-            decision = await (chain.identify(client) if password is None else chain.decide(client, password))
+            if password is not None:
+                decision = await chain.decide(client, password)
+            elif "username" not in client.certificate and chain.reads(client):
+                decision = await chain.decide_without(client)
+            else:
+                decision = await chain.identify(client)
         except Exception:
             logger.exception("deciding about a client failed")
             decision = Decision(UNAVAILABLE, "internal error")
@@ -284,12 +293,13 @@ class AccessGate:
             self.counters[_COUNTERS[decision.code]] += 1
             self._refused.warning(
                 "client %r (user %r) from %s refused on listener %s: %s",
-                client.clientid, client.username, channel.peer, client.listener, decision.reason,
+                client.clientid, _shown(client.username), channel.peer, client.listener, decision.reason,
             )  # fmt: skip
             channel.refuse(decision.code)
             return
         self.counters["accepted"] += 1
-        principal = self._principal(client.clientid, client.username, channel, client.certificate, decision)
+        username = decision.grant.username or client.username
+        principal = self._principal(client.clientid, username, channel, client.certificate, decision)
         channel.accept(principal)
         self._refresher.watch(principal)
 
@@ -392,6 +402,11 @@ def _attributes(grant: Grant) -> Mapping[str, str]:
     if not grant.attributes:
         return _EMPTY
     return {name.lower(): value for name, value in grant.attributes.items()}
+
+
+def _shown(username: str | None) -> str | None:
+    """A user name as it may be logged: some clients give a token as theirs."""
+    return "(a token)" if username is not None and username.startswith("eyJ") else username
 
 
 def _without_password(client: Client) -> Decision:

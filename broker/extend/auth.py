@@ -99,6 +99,8 @@ class Grant:
     """This client's own rules."""
     expires_at: float | None = None
     """Unix time from which the login is no longer good; bounds the cache too."""
+    username: str | None = None
+    """The name the client is known by from now on, when it is not the one it gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,8 @@ class AuthBackend(Protocol):
       elsewhere (by certificate) or long ago; None: not known here;
     - ``by_address = True``: verdicts depend on the client's address, so cache them per address;
     - ``reopen_on_reload = True``: opened anew at each reload (it reads files);
+    - ``without_password = True``: is asked about clients without a password too, with an empty one: what they prove
+      themselves with is in `Client.certificate` or is the user name;
     - ``async burn(password)``: spend the time of one password check, called when no backend knew the user.
     """
 
