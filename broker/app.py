@@ -39,7 +39,7 @@ from broker.net.errors import ListenError
 from broker.net.listeners import Listeners
 from broker.runtime import logs
 from broker.runtime.supervisor import Supervisor
-from broker.store.errors import StoreDamaged, StoreUnusable
+from broker.store.errors import REMEDY, StoreDamaged, StoreUnusable
 from broker.store.journal import FileStore
 from broker.store.opening import open_store
 
@@ -149,7 +149,7 @@ class Broker:
         log.info("broker %s is up; %s", settings.broker.name, LOSS[settings.broker.durability])
 
     def _open_store(self) -> None:
-        """Read what survived into the engine. Raises StoreError when that cannot be done without losing something."""
+        """Read what survived into the engine. Raises StoreUnusable when something would be lost."""
         settings = self.settings
         folder = self._data / "store"
         self.store, recovered = open_store(
@@ -171,6 +171,8 @@ class Broker:
                 log.info("reading the store: %d MB so far", done >> 20)
         if recovered.damage and not self._accept_loss:
             raise StoreDamaged(recovered.explain())
+        if recovery.bad and not self._accept_loss:
+            raise StoreDamaged(f"{folder}: {recovery.bad} records make no sense, see the log; {REMEDY}")
         engine = self.engine
         passed = int(time.time() * 1000) - recovered.last_wall_ms if recovered.last_wall_ms else 0
         if passed > LONGEST_PAUSE * 1000:

@@ -26,6 +26,8 @@ class Decision:
     reason: str
     backend: str | None = None
     grant: Grant = Grant()  # noqa: RUF009 (frozen)
+    guess: bool = False
+    """A password was wrong or its user unknown: what `[access.lockout]` counts."""
 
 
 class Chain:
@@ -35,7 +37,16 @@ class Chain:
         self.guards = guards
         self.explicit = explicit
         """False: there is no `[auth.*]` table at all, nobody wrote an empty list."""
+        self._screens = tuple(guard for guard in guards if guard.screen is not None)
         self._errors = limited(logger, "a backend failed")
+
+    def screened(self, client: Client) -> Decision | None:
+        """The refusal of whoever looks at every client before it is asked for anything."""
+        for guard in self._screens:
+            refusal = guard.screen(client) if guard.screen is not None else None
+            if refusal is not None:
+                return _decide(guard, refusal)
+        return None
 
     def known(self, client: Client, password: bytes) -> Decision | None:
         """The decision, when the caches alone give it."""
@@ -117,7 +128,7 @@ class Chain:
 def nobody(*, explicit: bool, asked: bool = False) -> Decision:
     """Nobody decided: an unknown user gets the answer a wrong password gets."""
     if asked:
-        return Decision(BAD_CREDENTIALS, "no backend knows this user")
+        return Decision(BAD_CREDENTIALS, "no backend knows this user", guess=True)
     return Decision(NOT_AUTHORIZED, "no backend is asked here" if explicit else "no backend is configured")
 
 
@@ -127,7 +138,7 @@ def _decide(guard: Guard, answer: Answer) -> Decision | None:
     if isinstance(answer, Grant):
         return Decision(0, "allowed", guard.name, answer)
     if answer is Verdict.DENY:
-        return Decision(BAD_CREDENTIALS, "bad user name or password", guard.name)
+        return Decision(BAD_CREDENTIALS, "bad user name or password", guard.name, guess=True)
     if isinstance(answer, Refusal):
         return Decision(BAD_CREDENTIALS if answer.authorized else NOT_AUTHORIZED, answer.reason, guard.name)
     return None

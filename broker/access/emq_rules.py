@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from broker.access.rules import split_filter
+from broker.access.rules import split_filter, within
 from broker.access.text_file import FileError
 from broker.config.template import Template
 from broker.extend.auth import Action, Identity, Rule
@@ -23,7 +22,7 @@ _TOKEN = re.compile(
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "s": " ", "0": "\0"}
 _ACTIONS: dict[str, Action] = {"publish": "publish", "subscribe": "subscribe", "pubsub": "all", "all": "all"}
 _DEPTH = 16
-_WHO = "WHO is all, {user, …}, {client, …}, {ipaddr, …}, {'and', […]} or {'or', […]}"
+_WHO = "WHO is all, {user, …}, {client, …}, {group, …}, {ipaddr, …}, {'and', […]} or {'or', […]}"
 
 
 class _Atom(str):
@@ -134,14 +133,14 @@ def _rules(term: Any, source: str) -> list[Rule]:
     if term[0] not in ("allow", "deny") or not isinstance(term[0], _Atom):
         raise ValueError(f"a rule begins with allow or deny, not {_show(term[0])}")
     allow = term[0] == "allow"
-    user, client, when = _who(term[1])
-    action: Action = "all"
-    if len(term) >= 3:
-        if not isinstance(term[2], _Atom) or term[2] not in _ACTIONS:
-            raise ValueError(f"the action is publish, subscribe, pubsub or all, not {_show(term[2])}")
-        action = _ACTIONS[term[2]]
+    user, client, group, when = _who(term[1])
+    action, qos, retain = _action(term[2]) if len(term) >= 3 else ("all", None, None)
+
+    def rule(filter: Template | None, exact: bool = False) -> Rule:
+        return Rule(allow, action, filter, exact, user, client, when, source, group, qos, retain)
+
     if len(term) < 4 or (isinstance(term[3], _Atom) and term[3] == "all"):
-        return [Rule(allow, action, None, user=user, client=client, when=when, source=source)]
+        return [rule(None)]
     if not isinstance(term[3], list) or isinstance(term[3], _Tuple) or not term[3]:
         raise ValueError('topics are a list of filters, e.g. ["a/#", {eq, "#"}]')
     rules = []
@@ -152,19 +151,46 @@ def _rules(term: Any, source: str) -> list[Rule]:
             raise ValueError(f'a topic is a text or {{eq, "TEXT"}}, not {_show(topic)}')
         filter = Template.parse(text, percent=True)
         split_filter(filter, exact=exact)
-        rules.append(Rule(allow, action, filter, exact, user, client, when, source))
+        rules.append(rule(filter, exact))
     return rules
 
 
-def _who(term: Any) -> tuple[str | None, str | None, Condition | None]:
-    """User name, client id, condition: the first two are kept apart because rules are looked up by them."""
+def _action(term: Any) -> tuple[Action, frozenset[int] | None, bool | None]:
+    """``publish``, or ``{publish, [{qos, [0, 1]}, {retain, false}]}``."""
+    conditions: Any = []
+    if isinstance(term, _Tuple) and len(term) == 2 and type(term[1]) is list:
+        term, conditions = term
+    if not isinstance(term, _Atom) or term not in _ACTIONS:
+        raise ValueError(
+            f"the action is publish, subscribe, pubsub or all, or {{publish, [{{qos, 0}}, {{retain, false}}]}}, "
+            f"not {_show(term)}"
+        )
+    qos: frozenset[int] | None = None
+    retain: bool | None = None
+    for condition in conditions:
+        kind, value = condition if isinstance(condition, _Tuple) and len(condition) == 2 else (None, None)
+        levels = value if type(value) is list else [value]
+        if kind == "qos" and levels and all(type(one) is int and 0 <= one <= 2 for one in levels):
+            qos = frozenset(levels)
+        elif kind == "retain" and isinstance(value, _Atom) and value in ("true", "false", "all"):
+            retain = None if value == "all" else value == "true"
+        else:
+            raise ValueError(
+                f"an action's conditions are {{qos, 0}}, {{qos, [0, 1]}} and {{retain, true}}, not {_show(condition)}"
+            )
+    return _ACTIONS[term], qos, retain
+
+
+def _who(term: Any) -> tuple[str | None, str | None, str | None, Condition | None]:
+    """User name, client id, group, condition: the first three are kept apart because rules are looked up by them."""
     if isinstance(term, _Tuple) and len(term) == 2 and isinstance(term[1], str) and not isinstance(term[1], _Atom):
         if term[0] in ("user", "username"):
-            return _name(term[1]), None, None
+            return _name(term[1]), None, None, None
         if term[0] in ("client", "clientid"):
-            return None, _name(term[1]), None
-    condition = _condition(term)
-    return None, None, condition
+            return None, _name(term[1]), None, None
+        if term[0] == "group":
+            return None, None, _name(term[1]), None
+    return None, None, None, _condition(term)
 
 
 def _name(text: str) -> str:
@@ -190,43 +216,36 @@ def _condition(term: Any) -> Condition | None:
     if len(term) != 2:
         raise ValueError(f"{_show(term)} is not understood")
     value = term[1]
-    if kind in ("user", "username", "client", "clientid"):
-        if isinstance(value, _Atom) and value == "all":
+    if kind in ("user", "username", "client", "clientid", "group"):
+        if isinstance(value, _Atom) and value == "all" and kind != "group":
             return None
         if isinstance(value, _Tuple):
             raise ValueError("regular expressions are not supported; name the users, or use a placeholder in the topic")
         if not isinstance(value, str) or isinstance(value, _Atom):
             raise ValueError(f"{_show(value)} is not a name in quotes")
-        return _equals("username" if kind.startswith("user") else "clientid", _name(value))
+        name = _name(value)
+        if kind == "group":
+            return lambda who: name in getattr(who, "groups", ())
+        return _equals("username" if kind.startswith("user") else "clientid", name)
     if kind in ("ipaddr", "ipaddrs"):
         values = value if isinstance(value, list) and not isinstance(value, _Tuple) else [value]
-        return _within([_network(one) for one in values])
+        return _within(values)
     raise ValueError(f"{kind} is not understood; {_WHO}")
 
 
-def _network(value: Any) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
-    if not isinstance(value, str) or isinstance(value, _Atom):
-        raise ValueError(f"{_show(value)} is not an address in quotes")
-    try:
-        return ipaddress.ip_network(value, strict=False)
-    except ValueError:
-        raise ValueError(f'{value!r} is not an address such as "127.0.0.1" or "10.0.0.0/8"') from None
+def _within(values: list[Any]) -> Condition:
+    for value in values:
+        if not isinstance(value, str) or isinstance(value, _Atom):
+            raise ValueError(f"{_show(value)} is not an address in quotes")
+        try:
+            within(value)
+        except ValueError:
+            raise ValueError(f'{value!r} is not an address such as "127.0.0.1" or "10.0.0.0/8"') from None
+    return within(*values)
 
 
 def _equals(attribute: str, value: str) -> Condition:
     return lambda who: getattr(who, attribute) == value
-
-
-def _within(networks: list[ipaddress.IPv4Network | ipaddress.IPv6Network]) -> Condition:
-    def within(who: Identity) -> bool:
-        try:
-            address = ipaddress.ip_address(who.peerhost.strip("[]").partition("%")[0])
-        except ValueError:
-            return False  # a Unix socket has no address
-        mapped = getattr(address, "ipv4_mapped", None)
-        return any((mapped or address) in network for network in networks)
-
-    return within
 
 
 def _combine(kind: str, conditions: list[Condition | None]) -> Condition | None:

@@ -16,9 +16,10 @@ from typing import Any
 
 from broker.access.chain import BAD_CREDENTIALS, BUSY, NOT_AUTHORIZED, UNAVAILABLE, Chain, Decision
 from broker.access.guard import Guard
-from broker.access.principal import Principal
+from broker.access.principal import Principal, Standing
+from broker.access.protect import BANNED, QUOTA_EXCEEDED, RATE_EXCEEDED, Protection, shown
 from broker.access.refresh import Refresher
-from broker.access.rules import PUBLISH, SUBSCRIBE, RuleSet, without_share
+from broker.access.rules import EVERY, PUBLISH, SUBSCRIBE, SUBSCRIPTIONS, RuleSet, allowed, without_share
 from broker.extend.auth import Client, Grant, Rule
 from broker.runtime.logs import limited
 
@@ -49,6 +50,7 @@ class AccessGate:
         """Set by the application: the engine forgets cached rights of one client id, or of all."""
         self.kick: Callable[[str, int], Any] | None = None
         """Set by the application: closes a client's connection with a reason code."""
+        self.protection = Protection()
         self.generation = 0
         self._settings = settings
         self._allow_anonymous = False
@@ -61,6 +63,10 @@ class AccessGate:
         self._chains: dict[tuple[str, ...] | None, Chain] = {}
         self._compiled: dict[tuple[Rule, ...], RuleSet] = {}
         self._sources: dict[tuple[RuleSet, ...], tuple[RuleSet, ...]] = {}
+        self._common: dict[tuple[str, ...] | None, tuple[RuleSet, ...]] = {}
+        """The sources of clients without rules of their own, by what their listener names."""
+        self._standings: dict[tuple[str, tuple[str, ...] | None, str | None, bool], Standing] = {}
+        """Those of clients with nothing of their own, by listener, its backends, backend and superuser."""
         self._pending: dict[Any, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._refresher = Refresher(self)
@@ -109,9 +115,12 @@ class AccessGate:
         self._allow_anonymous = settings.access.allow_anonymous
         self._order_empty = order is not None and not order
         self._no_match = int(settings.access.no_match == "allow")
+        self.protection.configure(settings.access)
         self._chains.clear()
         self._compiled.clear()
         self._sources.clear()
+        self._common.clear()
+        self._standings.clear()
         self.generation += 1
         self._refresher.changed({name for name, kept in fresh.items() if old.get(name, (None, None))[1] is not kept[1]})
         for name, (_, guard) in old.items():
@@ -151,18 +160,26 @@ class AccessGate:
             channel.accept(_worker(connect.client_id, channel.peerhost))
             return
         identity = channel.identity or _EMPTY
-        proved = identity.get("username")
+        proved = identity.get("username") if identity else None
         username = proved or connect.username
         password = connect.password
         client = Client(connect.client_id, username, channel.peerhost, listener.name, identity)
+        if self.protection.armed:
+            refusal = self.protection.before(connect.client_id, username, channel.peerhost)
+            if refusal is not None:
+                self._finish(channel, client, refusal)
+                return
         chain = self.chain(listener.auth)
+        refusal = chain.screened(client)
+        if refusal is not None:
+            self._finish(channel, client, refusal)
+            return
         if proved is None and password is None and chain.reads(client):
             task = asyncio.get_running_loop().create_task(self._decide(channel, client, chain, None))
             self._pending[channel] = task
             return
         if proved is None and username is None and password is None and self._anonymous_on(listener):
-            channel.accept(self._principal(connect.client_id, None, channel, identity))
-            self.counters["accepted"] += 1
+            self._accept(channel, self._principal(connect.client_id, None, channel, identity))
             return
         if password is None:
             if proved is None:
@@ -193,25 +210,39 @@ class AccessGate:
             task.cancel()
 
     def may_publish(self, principal: Any, topic: str) -> int:
-        """1 or 0, from local rules only."""
-        return self._may(principal, PUBLISH, topic)
+        """1 when everything may be published there, from local rules only; else 0, and `publishable` says what may."""
+        return int(self._allowed(principal, PUBLISH, topic, EVERY) == EVERY)
 
-    def may_subscribe(self, principal: Any, filter: str) -> int:
-        """1 when the whole filter is covered by an allowing rule that no earlier denying rule covers too."""
-        return self._may(principal, SUBSCRIBE, without_share(filter))
+    def publishable(self, principal: Any, topic: str) -> int:
+        """What may be published there: bit ``qos << 1 | retain`` is set for each kind of packet."""
+        return self._allowed(principal, PUBLISH, topic, EVERY)
+
+    def may_subscribe(self, principal: Any, filter: str, qos: int | None = None) -> int:
+        """1 when the whole filter is covered by an allowing rule that no earlier denying rule covers too, for this QoS
+        or (None) for every QoS."""
+        wanted = SUBSCRIPTIONS if qos is None else 1 << (qos << 1)
+        return int(self._allowed(principal, SUBSCRIBE, without_share(filter), wanted) == wanted)
 
     def may_receive(self, principal: Any, topic: str) -> int:
-        """1 when a message on this topic may reach the client, whatever filter it came through."""
-        return self._may(principal, SUBSCRIBE, topic)
+        """1 when a message on this topic may reach the client, whatever filter it came through. The first rule that
+        concerns any QoS decides: which QoS is good was asked when the client subscribed."""
+        return self._allowed(principal, SUBSCRIBE, topic, 0)
 
-    def _may(self, principal: Any, action: int, topic: str) -> int:
+    def _allowed(self, principal: Any, action: int, topic: str, packets: int) -> int:
+        """Which of these packets are allowed; with none, 1 or 0 for any of them. Who is banned may publish nothing, so
+        that no will of theirs is published."""
+        if action == PUBLISH and self.protection.bans and self.protection.bans.hits(principal):
+            return 0
         if principal.superuser:
-            return 1
+            return packets or 1
         if principal.generation != self.generation:
             self._look_up(principal)
-        if principal.expires_at is not None and time.time() >= principal.expires_at:
+        expires_at = principal.expires_at
+        if expires_at is not None and time.time() >= expires_at:
             return 0
         parts = topic.split("/")
+        if packets:
+            return allowed(principal.sources, action, topic, parts, principal, packets, self._no_match)
         for rules in principal.sources:
             found = rules.find(action, topic, parts, principal)
             if found is not None:
@@ -262,11 +293,10 @@ class AccessGate:
         """Give a live client new rights; whether they differ from what it had."""
         rules = tuple(grant.rules)
         attributes = _attributes(grant)
-        if (rules, attributes, grant.superuser) == (principal.own_rules, principal.attributes, principal.superuser):
+        held = (principal.own_rules, principal.attributes, principal.superuser, principal.groups)
+        if (rules, attributes, grant.superuser, grant.groups) == held:
             return False
-        principal.own_rules = rules
-        principal.attributes = attributes
-        principal.superuser = grant.superuser
+        principal.standing = principal.standing.granted(grant.superuser, attributes, rules, grant.groups)
         principal.forget()
         if self.rights_changed is not None:
             self.rights_changed(principal.clientid)
@@ -289,19 +319,37 @@ class AccessGate:
             self._finish(channel, client, decision)
 
     def _finish(self, channel: Any, client: Client, decision: Decision) -> None:
+        username = decision.grant.username or client.username
+        if decision.guess:
+            self.protection.failed(username, client.peerhost)
+        elif self.protection.counts and not decision.code:
+            decision = self._protect(client, username, decision)
         if decision.code:
             self.counters[_COUNTERS[decision.code]] += 1
             self._refused.warning(
                 "client %r (user %r) from %s refused on listener %s: %s",
-                client.clientid, _shown(client.username), channel.peer, client.listener, decision.reason,
+                client.clientid, shown(client.username), channel.peer, client.listener, decision.reason,
             )  # fmt: skip
             channel.refuse(decision.code)
             return
-        self.counters["accepted"] += 1
-        username = decision.grant.username or client.username
         principal = self._principal(client.clientid, username, channel, client.certificate, decision)
-        channel.accept(principal)
+        self._accept(channel, principal)
         self._refresher.watch(principal)
+
+    def _protect(self, client: Client, username: str | None, decision: Decision) -> Decision:
+        """The decision, unless limits or a ban that came while the backend was asked say otherwise."""
+        protection = self.protection
+        return (
+            protection.standing(client.clientid, username, client.peerhost)
+            or protection.after(client.clientid, username, client.peerhost)
+            or decision
+        )
+
+    def _accept(self, channel: Any, principal: Principal) -> None:
+        self.counters["accepted"] += 1
+        channel.accept(principal)
+        if self.protection.counts:
+            self.protection.admitted(principal, channel)
 
     def _principal(
         self,
@@ -311,24 +359,40 @@ class AccessGate:
         identity: Mapping[str, str],
         decision: Decision | None = None,
     ) -> Principal:
-        grant = decision.grant if decision is not None else _NOTHING
-        return Principal(
-            clientid, username,
-            peer=channel.peer, listener=channel.listener.name, auth=channel.listener.auth,
-            backend=decision.backend if decision is not None else None,
-            superuser=grant.superuser, attributes=_attributes(grant), own_rules=tuple(grant.rules),
+        listener = channel.listener
+        backend, grant = (None, _NOTHING) if decision is None else (decision.backend, decision.grant)
+        if identity or grant.rules or grant.attributes or grant.groups or grant.expires_at is not None:
+            standing = self._standing(listener, backend, grant, identity)
+        else:
+            key = (listener.name, listener.auth, backend, grant.superuser)
+            found = self._standings.get(key)
+            if found is None:
+                found = self._standings[key] = self._standing(listener, backend, grant, _EMPTY)
+            standing = found
+        return Principal(clientid, username, channel.peer, standing)
+
+    def _standing(self, listener: Any, backend: str | None, grant: Grant, identity: Mapping[str, str]) -> Standing:
+        return Standing(
+            listener=listener.name, auth=listener.auth, backend=backend, superuser=grant.superuser,
+            attributes=_attributes(grant), own_rules=tuple(grant.rules), groups=grant.groups,
             expires_at=grant.expires_at, certificate=identity, audit=self._on_unsafe,
         )  # fmt: skip
 
     def _look_up(self, principal: Principal) -> None:
-        sources: list[RuleSet] = []
-        for guard in self.chain(principal.auth).guards:
-            if guard.name == principal.backend and principal.own_rules:
-                sources.append(self._compile(tuple(principal.own_rules)))
-            if guard.common is not None:
-                sources.append(guard.common)
-        found = tuple(sources)
-        principal.sources = self._sources.setdefault(found, found)  # shared by all with the same
+        own = principal.own_rules
+        found = None if own else self._common.get(principal.auth)
+        if found is None:
+            sources: list[RuleSet] = []
+            for guard in self.chain(principal.auth).guards:
+                if own and guard.name == principal.backend:
+                    sources.append(self._compile(tuple(own)))
+                if guard.common is not None:
+                    sources.append(guard.common)
+            found = tuple(sources)
+            found = self._sources.setdefault(found, found)  # shared by all with the same
+            if not own:
+                self._common[principal.auth] = found
+        principal.sources = found
         principal.rendered = None
         principal.generation = self.generation
 
@@ -359,6 +423,9 @@ _COUNTERS = {
     NOT_AUTHORIZED: "refused_not_authorized",
     UNAVAILABLE: "refused_unavailable",
     BUSY: "refused_busy",
+    BANNED: "refused_banned",
+    QUOTA_EXCEEDED: "refused_quota",
+    RATE_EXCEEDED: "refused_rate",
 }
 
 
@@ -402,11 +469,6 @@ def _attributes(grant: Grant) -> Mapping[str, str]:
     if not grant.attributes:
         return _EMPTY
     return {name.lower(): value for name, value in grant.attributes.items()}
-
-
-def _shown(username: str | None) -> str | None:
-    """A user name as it may be logged: some clients give a token as theirs."""
-    return "(a token)" if username is not None and username.startswith("eyJ") else username
 
 
 def _without_password(client: Client) -> Decision:

@@ -67,6 +67,7 @@ class Guard:
         self.cache = Cache(cache_ttl, negative_cache_ttl, stale_if_error, clock)
         self.breaker = Breaker(clock)
         self.bulkhead = Bulkhead(max_concurrent, max_concurrent * QUEUE_FACTOR, timeout)
+        self.screen: Callable[[Client], Refusal | None] | None = getattr(backend, "screen", None)
         self.without_password = bool(getattr(backend, "without_password", False))
         self._by_address = bool(getattr(backend, "by_address", False))
         self._flights: dict[bytes, _Flight] = {}

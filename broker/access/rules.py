@@ -5,11 +5,17 @@ topic levels whose edges are literal levels, `+`, or levels with placeholders; t
 and remembered there. Walking it with a topic name finds the rules that match. Walking it with a topic *filter* finds
 the rules that contain it, because `+` in the filter only follows `+` edges and `#` follows none. Of the rules found,
 the first in order decides. No regular expressions; the cost is bounded by depth times the rules that share a prefix.
+
+A rule for some QoS or for retained messages only has a mask of the packets it concerns, and whoever asks says which
+packets are meant. The first rule that concerns any packet decides about all of them unless its mask is smaller; only
+then does each kind of packet have to be asked about.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import ipaddress
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from broker.config.template import Placeholder, Template
@@ -17,6 +23,11 @@ from broker.extend.auth import Identity, Rule
 
 PUBLISH = 0
 SUBSCRIBE = 1
+
+EVERY = 0b111111
+"""All packets of a topic: bit ``qos << 1 | retain`` stands for one kind of them."""
+SUBSCRIPTIONS = 0b010101
+"""The bits that stand for subscriptions, which are never retained."""
 
 NAMES = frozenset({"clientid", "username", "peerhost", "cert_common_name", "cert_subject", "cert_san"})
 _UNSAFE = frozenset("+#/\0")
@@ -27,6 +38,7 @@ class Subject(Identity, Protocol):
     """Whom the rules are applied to; `rendered` belongs to this module."""
 
     rendered: dict[object, object] | None
+    groups: frozenset[str]
 
     def value(self, name: str) -> str | None:
         """The value of a placeholder; None when there is none."""
@@ -38,13 +50,14 @@ class Subject(Identity, Protocol):
 class Compiled:
     """A rule with its place in the order."""
 
-    __slots__ = ("allow", "index", "rule", "when")
+    __slots__ = ("allow", "index", "mask", "rule", "when")
 
-    def __init__(self, index: int, rule: Rule) -> None:
+    def __init__(self, index: int, rule: Rule, action: int) -> None:
         self.index = index
         self.allow = int(rule.allow)
         self.rule = rule
-        self.when = rule.when
+        self.when = _when(rule)
+        self.mask = _mask(rule.qos, rule.retain if action == PUBLISH else None)
 
 
 class _Level:
@@ -101,16 +114,18 @@ class _Index:
             node = _child(node, part)
         node.ends = [*(node.ends or ()), compiled]
 
-    def find(self, topic: str, parts: list[str], subject: Subject, best: Compiled | None) -> Compiled | None:
+    def find(
+        self, topic: str, parts: list[str], subject: Subject, packets: int, best: Compiled | None
+    ) -> Compiled | None:
         if self.always:
-            best = _pick(self.always, subject, best)
+            best = _pick(self.always, subject, packets, best)
         if self.exact:
             found = self.exact.get(topic)
             if found is not None:
-                best = _pick(found, subject, best)
+                best = _pick(found, subject, packets, best)
         for levels, compiled in self.exact_levels:
             if _fill(levels, subject) == topic:
-                best = _pick([compiled], subject, best)
+                best = _pick([compiled], subject, packets, best)
         count = len(parts)
         system = topic.startswith("$")  # root wildcards never reach `$` topics [MQTT-4.7.2-1]
         stack = [(self.root, 0)]
@@ -118,10 +133,10 @@ class _Index:
             node, at = stack.pop()
             root = system and at == 0
             if node.hashes is not None and not root:
-                best = _pick(node.hashes, subject, best)
+                best = _pick(node.hashes, subject, packets, best)
             if at == count:
                 if node.ends is not None:
-                    best = _pick(node.ends, subject, best)
+                    best = _pick(node.ends, subject, packets, best)
                 continue
             part = parts[at]
             child = node.children.get(part)
@@ -143,49 +158,75 @@ class _Index:
 class RuleSet:
     """A list of rules, compiled. Raises ValueError (naming the rule's source) when a filter is not valid."""
 
-    __slots__ = ("clients", "common", "count", "users")
+    __slots__ = ("clients", "common", "count", "groups", "users")
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.count = len(rules)
         self.common = (_Index(), _Index())
         self.users: tuple[dict[str, _Index], dict[str, _Index]] = ({}, {})
         self.clients: tuple[dict[str, _Index], dict[str, _Index]] = ({}, {})
+        self.groups: tuple[dict[str, _Index], dict[str, _Index]] = ({}, {})
         for number, rule in enumerate(rules):
-            compiled = Compiled(number, rule)
             try:
                 if rule.action != "subscribe":
-                    self._add(PUBLISH, compiled)
+                    self._add(PUBLISH, Compiled(number, rule, PUBLISH))
                 if rule.action != "publish":
-                    self._add(SUBSCRIBE, compiled)
+                    self._add(SUBSCRIBE, Compiled(number, rule, SUBSCRIBE))
             except ValueError as error:
                 raise ValueError(f"{rule.source}: {error}" if rule.source else str(error)) from None
 
     def _add(self, action: int, compiled: Compiled) -> None:
         rule = compiled.rule
         if rule.user is not None:
-            if rule.client is not None:
-                compiled.when = _both(rule)
             self.users[action].setdefault(rule.user, _Index()).add(compiled)
         elif rule.client is not None:
             self.clients[action].setdefault(rule.client, _Index()).add(compiled)
+        elif rule.group is not None:
+            self.groups[action].setdefault(rule.group, _Index()).add(compiled)
         else:
             self.common[action].add(compiled)
 
-    def find(self, action: int, topic: str, parts: list[str], subject: Subject) -> Compiled | None:
-        """The first rule that applies, or None. `topic` is a topic name, or the filter of a subscription without its
-        ``$share/group/``; `parts` is it split at each slash."""
-        best = self.common[action].find(topic, parts, subject, None)
+    def find(
+        self, action: int, topic: str, parts: list[str], subject: Subject, packets: int = EVERY
+    ) -> Compiled | None:
+        """The first rule that applies to any of these packets, or None. `topic` is a topic name, or the filter of a
+        subscription without its ``$share/group/``; `parts` is it split at each slash."""
+        best = self.common[action].find(topic, parts, subject, packets, None)
         users = self.users[action]
         if users and subject.username is not None:
             index = users.get(subject.username)
             if index is not None:
-                best = index.find(topic, parts, subject, best)
+                best = index.find(topic, parts, subject, packets, best)
         clients = self.clients[action]
         if clients:
             index = clients.get(subject.clientid)
             if index is not None:
-                best = index.find(topic, parts, subject, best)
+                best = index.find(topic, parts, subject, packets, best)
+        groups = self.groups[action]
+        if groups:
+            for group in subject.groups:
+                index = groups.get(group)
+                if index is not None:
+                    best = index.find(topic, parts, subject, packets, best)
         return best
+
+
+def allowed(
+    sources: Sequence[RuleSet], action: int, topic: str, parts: list[str], subject: Subject, packets: int, no_match: int
+) -> int:
+    """Which of these packets the sources allow, the first that has a rule for a packet deciding about it; `no_match` is
+    what holds where none has. One walk unless there are rules for some packets only."""
+    answer = 0
+    for rules in sources:
+        found = rules.find(action, topic, parts, subject, packets)
+        while found is not None:
+            if found.allow:
+                answer |= packets & found.mask
+            packets &= ~found.mask
+            if not packets:
+                return answer
+            found = rules.find(action, topic, parts, subject, packets)
+    return answer | packets if no_match else answer
 
 
 def without_share(filter: str) -> str:
@@ -246,12 +287,12 @@ def _child(node: _Node, part: str | _Level) -> _Node:
     return node.children.setdefault(part, _Node())
 
 
-def _pick(candidates: list[Compiled], subject: Subject, best: Compiled | None) -> Compiled | None:
+def _pick(candidates: list[Compiled], subject: Subject, packets: int, best: Compiled | None) -> Compiled | None:
     """The earliest of the candidates, in order, that applies and comes before `best`."""
     for compiled in candidates:
         if best is not None and compiled.index >= best.index:
             return best
-        if compiled.when is None or compiled.when(subject):
+        if compiled.mask & packets and (compiled.when is None or compiled.when(subject)):
             return compiled
     return best
 
@@ -304,6 +345,41 @@ def _fill(levels: list[str | _Level], subject: Subject) -> str | None:
     return None if None in parts else "/".join(parts)  # type: ignore[arg-type]
 
 
-def _both(rule: Rule):  # type: ignore[no-untyped-def]
-    when, client = rule.when, rule.client
-    return lambda subject: subject.clientid == client and (when is None or when(subject))
+def _mask(qos: frozenset[int] | None, retain: bool | None) -> int:
+    kinds = 0b11 if retain is None else 0b10 if retain else 0b01
+    mask = 0
+    for one in (0, 1, 2) if qos is None else qos:
+        mask |= kinds << (one << 1)
+    return mask
+
+
+def _when(rule: Rule) -> Callable[[Subject], bool] | None:
+    """The conditions besides the one the rule is looked up by."""
+    user, client, group, when = rule.user, rule.client, rule.group, rule.when
+    if user is None or client is None:
+        client = None
+    if user is None and rule.client is None:
+        group = None
+    if client is None and group is None:
+        return when
+    return lambda who: (
+        (client is None or who.clientid == client)
+        and (group is None or group in who.groups)
+        and (when is None or when(who))
+    )
+
+
+@functools.lru_cache(maxsize=4_096)
+def within(*networks: str) -> Callable[[Identity], bool]:
+    """The condition "the address lies in one of these networks"; the same function for the same texts. ValueError."""
+    found = [ipaddress.ip_network(text, strict=False) for text in networks]
+
+    def condition(who: Identity) -> bool:
+        try:
+            address = ipaddress.ip_address(who.peerhost.strip("[]").partition("%")[0])
+        except ValueError:
+            return False  # a Unix socket has no address
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in found)
+
+    return condition

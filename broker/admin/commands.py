@@ -1,9 +1,10 @@
-"""What the control socket answers: status, clients, reload, queues. Knows the broker, prints nothing."""
+"""What the control socket answers: status, clients, reload, queues, a backup. Knows the broker, prints nothing."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from broker import __version__
@@ -11,6 +12,7 @@ from broker.admin.control import CommandFailed
 from broker.config.problems import ConfigError
 from broker.engine.engine import RESERVED
 from broker.engine.session import Session
+from broker.extend.store import BackupFailed
 
 
 class ReloadRefused(Exception):
@@ -42,6 +44,7 @@ class Commands:
             "bridges.resume": self.bridges_resume,
             "queues.list": self.queues_list,
             "queues.drop": self.queues_drop,
+            "store.backup": self.store_backup,
         }
 
     async def status(self) -> dict[str, Any]:
@@ -196,6 +199,15 @@ class Commands:
         if not any(q["name"] == name for q in self._queues()):
             raise CommandFailed(f"no queue is called {name!r}")
         return {"dropped": self._broker.engine.drop_queue(name)}
+
+    async def store_backup(self, folder: str) -> dict[str, Any]:
+        """Copy what survives a restart into a data folder of its own, while everything goes on."""
+        began = time.monotonic()
+        try:
+            copied = await self._broker.store.backup(Path(folder))
+        except BackupFailed as error:
+            raise CommandFailed(str(error)) from None
+        return {**copied._asdict(), "seconds": round(time.monotonic() - began, 3)}
 
 
 def _client(session: Session) -> dict[str, Any]:

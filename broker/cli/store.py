@@ -1,4 +1,5 @@
-"""`isthmus store check · stats · export · reset`: what survives a restart, looked at while no broker runs."""
+"""`isthmus store check · stats · export · reset`: what survives a restart, looked at while no broker runs; and
+`backup`, which asks the running one."""
 
 from __future__ import annotations
 
@@ -15,17 +16,20 @@ from typing import IO
 
 import click
 
-from broker.cli.common import DONE, FAILED, WRONG, common, complain, guarded, options
+from broker.cli.common import DONE, FAILED, WRONG, ask, common, complain, guarded, options
 from broker.cli.output import print_json, print_record, print_table
 from broker.store import inspect, segments
 from broker.store.errors import REMEDY, StoreUnusable
+
+_PATIENCE = 3600.0
+"""Seconds a backup may take: another disk may be slow."""
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
 def store() -> None:
-    """What survives a restart. These commands refuse while a broker runs."""
+    """What survives a restart. All but backup refuse while a broker runs."""
 
 
 @store.command()
@@ -100,6 +104,27 @@ def export(file: str) -> int:
     except (StoreUnusable, OSError) as error:
         return complain(FAILED, str(error))
     return complain(DONE, f"{count} records written")
+
+
+@store.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@_as_json
+@common
+@guarded
+def backup(folder: Path, as_json: bool) -> int:
+    """Copy the store of the running broker to FOLDER, which must be new or empty.
+
+    Everything acknowledged before is in the copy. FOLDER is a data folder: restore with isthmus run --data FOLDER.
+    On the same disk the copy shares what cannot change any more; only one on another disk survives the loss of the
+    disk.
+    """
+    answer = ask("store.backup", timeout=_PATIENCE, folder=str(folder.absolute()))
+    if as_json:
+        print_json(answer)
+        return DONE
+    size, shared = answer["bytes"], answer["linked"]
+    click.echo(f"{folder}: {answer['segments']} segments ({shared} shared), {size} bytes in {answer['seconds']:.1f} s")
+    return DONE
 
 
 @store.command()

@@ -1,7 +1,7 @@
 """Where the messages of a long queue lie on disk: three numbers a message, and for very long queues not even those.
 
 In memory are the first and the last few thousand entries; what lies between is in a scratch file without a name, which
-a crash may take: the journal says it all again.
+a crash may take: the journal says it all again. While the journal is copied, the part looked at last is in memory too.
 """
 
 from array import array
@@ -34,6 +34,9 @@ class Backlog:
         """(offset in the file, first sequence number) of each chunk."""
         self._file: IO[bytes] | None = None
         self._end = 0
+        self._seen: array[int] | None = None
+        """The chunk that was looked at last: records are copied in order, thousands of them from one chunk."""
+        self._seen_at = -1
 
     def __len__(self) -> int:
         count = (len(self._head) - self._at) // STRIDE
@@ -104,6 +107,7 @@ class Backlog:
         if self._chunks and self._file is not None:
             offset, _ = self._chunks.popleft()
             self._head = self._read(offset)
+            self._seen, self._seen_at = None, -1
             if not self._chunks:
                 self._chunks = None
                 self._file.close()
@@ -137,10 +141,11 @@ class Backlog:
         offset = self._chunk_of(seq)
         if offset < 0 or self._file is None:
             return False
-        entries = self._read(offset)
+        entries = self._look(offset)
         at = _find(entries, 0, seq)
         if at < 0:
             return False
+        entries[at + 1] = position
         self._file.seek(offset + (at + 1) * 8)
         self._file.write(position.to_bytes(8, "little"))
         return True
@@ -157,9 +162,14 @@ class Backlog:
         offset = self._chunk_of(seq)
         if offset < 0:
             return -1
-        entries = self._read(offset)
+        entries = self._look(offset)
         at = _find(entries, 0, seq)
         return entries[at + 1] if at >= 0 else -1
+
+    def _look(self, offset: int) -> "array[int]":
+        if self._seen is None or self._seen_at != offset:
+            self._seen, self._seen_at = self._read(offset), offset
+        return self._seen
 
     def _chunk_of(self, seq: int) -> int:
         """Offset of the chunk that would hold the number, -1 for none."""
@@ -181,6 +191,7 @@ class Backlog:
         if self._file is not None:
             self._file.close()
             self._file = None
+        self._seen, self._seen_at = None, -1
 
 
 def _find(entries: "array[int]", start: int, seq: int) -> int:

@@ -220,12 +220,12 @@ class Channel(Outbox):
                     break
                 if at == 0:
                     if self.state != LIVE and kind != 1:
-                        self._abort("not_mqtt")
+                        self._not_mqtt(p[i:n])
                         return
                     break
             if self.state != LIVE:
-                if kind != 1:  # [MQTT-3.1.0-1]
-                    self._abort("not_mqtt")
+                if kind != 1 or first == 0x16:  # [MQTT-3.1.0-1]; a TLS hand-shake begins like that
+                    self._not_mqtt(p[i:n])
                     return
                 if size > BEFORE_LOGIN:
                     self._abort("connect_too_large")
@@ -685,11 +685,11 @@ class Channel(Outbox):
             if packet[0] == 0x40:
                 self.unanswered -= 1
             if hold is not None and hold.code:
-                if packet[0] == 0x50:
-                    self._free(packet)
-                if not self.v5:
+                if not self.v5:  # it will send the message again: whether that is known is not for us to say
                     self._end()
                     return
+                if packet[0] == 0x50:
+                    self._free(packet)
                 packet = bytes((packet[0], 3, packet[2], packet[3], hold.code))
             out.append(packet)
         if not held:
@@ -775,7 +775,7 @@ class Channel(Outbox):
             return
         session = self.session
         if session is None:
-            self._abort("not_mqtt")
+            self._not_mqtt(b"")
             return
         if kind == 12:
             if body:
@@ -937,11 +937,13 @@ class Channel(Outbox):
     def _abort(self, reason: str) -> None:
         """Close without a word."""
         self.core.count(reason)
-        if reason == "not_mqtt":
-            self.engine.report(
-                "not_mqtt", f"{self.peer} does not speak MQTT on listener {self.listener.name!r}; closed"
-            )
         self._end()
+
+    def _not_mqtt(self, data: bytes) -> None:
+        """The peer's first bytes are something else: one line that says what, and close without a word."""
+        speech = self.listener.speech(data) or "does not speak MQTT"
+        self.engine.report("not_mqtt", f"{self.peer} {speech}, listener {self.listener.name!r}; closed")
+        self._abort("not_mqtt")
 
     def _end(self, last_word: bool = False) -> None:
         """`last_word`: something was just said that the peer should get to read. Closing a socket with unread input
@@ -963,11 +965,9 @@ class Channel(Outbox):
         self.pieces = None
         self.memo_entry = None
         if self.held is not None:
-            for packet, hold, _ in self.held:
+            for _, hold, _ in self.held:
                 if hold is not None:
                     hold.owner = None
-                    if hold.code and packet[0] == 0x50:
-                        self._free(packet)
             self.held = None
         if link is None:
             return

@@ -109,10 +109,8 @@ class Compaction:
             if spool is not None and spool.alive(taker.seq, position):
                 takers.append((spool, taker.seq, taker.qos, taker.retain, taker.idents))
         retained: Message | None = None
-        if payload[0] & records.RETAINED and journal.retained_of is not None:
-            retained = journal.retained_of(records.put_topic(payload)[0])
-            if retained is not None and (retained.kept is None or retained.kept.position != position):
-                retained = None
+        if payload[0] & records.RETAINED:
+            retained = journal.kept_at(records.put_topic(payload)[0], position)
         if takers or retained is not None:
             message = records.decode_message(payload, journal.core.now, journal.clock_ms(), journal.origins)
             journal.copy(takers, retained, position, message)

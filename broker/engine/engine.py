@@ -76,6 +76,10 @@ class Engine:
         self.connected = 0
         self._aging: list[Session] = []
         """Sessions of instances whose messages have a `max_age`."""
+        self._claims: dict[str, Channel] = {}
+        """Connections that get their session, and CONNACK, when what CONNACK says is on disk."""
+        self._unwritten: dict[Subscription, Subscription | None] = {}
+        """Subscriptions not on disk yet, and the acknowledged ones they have replaced."""
         self._takeovers: dict[str, tuple[int, int]] = {}
         self._orphans: set[str] = set()
         """Instances removed from the configuration whose queues are still here."""
@@ -138,11 +142,15 @@ class Engine:
         will = connect.will
         if will is not None and not self._may_will(channel, principal, will):
             return
-        if session is not None and session.channel is not None:
+        older = self._claims.get(client_id) or (session.channel if session is not None else None)
+        if older is not None:
             if not self._may_take_over(client_id):
                 channel.refuse(0x9F)
                 return
-            session.channel.disconnect(0x8E)  # [MQTT-3.1.4-3]
+            if client_id in self._claims:
+                older._end()  # before CONNACK nothing can be said [MQTT-3.14.0-1]
+            else:
+                older.disconnect(0x8E)  # [MQTT-3.1.4-3]
             session = self.sessions.get(client_id)
         if session is not None and session.ends_at and session.ends_at <= core.now:
             self.end_session(session)
@@ -232,13 +240,12 @@ class Engine:
         connack = packets.encode_connack(channel.version, present, 0, answer)
         if journal is not None and session.persistent:
             self._survive(session, journal, anew)
-            if anew or (present and session.spool is not None and session.spool.segment == 0):
-                journal.after(lambda written: self._welcome_later(channel, session, connack, written))
-                return
-        elif anew and journal is not None:
+            anew = anew or (present and session.spool is not None and session.spool.segment == 0)
+        if anew and journal is not None:
+            self._claims[client_id] = channel
             journal.after(lambda written: self._welcome_later(channel, session, connack, written))
             return
-        elif session.spool is not None:  # from now on it ends with its connection, a crash included
+        if session.spool is not None and not session.persistent:  # it ends with its connection, a crash included
             self._note_life(session, True)
         self._welcome(channel, session, connack)
 
@@ -271,15 +278,12 @@ class Engine:
 
     def _welcome_later(self, channel: Channel, session: Session, connack: bytes, written: bool) -> None:
         """As `_welcome`, after what CONNACK says is on disk; meanwhile the client may have gone or come again."""
-        ours = self.sessions.get(session.client_id) is session and session.channel is None
-        if channel.state != LIVE or not ours or not written:
-            channel._end()
-            if ours:
-                session.attach(channel, channel.v5)
-                self.closed(channel, LIVE)
-            else:
-                self.connected -= 1
+        if self._claims.get(session.client_id) is not channel:
             return
+        if not written:
+            channel._end()
+            return
+        del self._claims[session.client_id]
         self._welcome(channel, session, connack)
         channel.resume_parse()
 
@@ -334,6 +338,9 @@ class Engine:
         if state == AUTHENTICATING:
             self.gate.cancel(channel)
         session = channel.session
+        if session is not None and self._claims.get(session.client_id) is channel:  # its session has learnt all of it
+            del self._claims[session.client_id]
+            session.attach(channel, channel.v5)
         if session is None or session.channel is not channel:
             return
         self.connected -= 1
@@ -389,6 +396,7 @@ class Engine:
     def links(self) -> list[Any]:
         """Every link that may still be open: of sessions, before login, and closed with something left to send."""
         channels = [s.channel for s in self.sessions.values() if s.channel is not None]
+        channels.extend(self._claims.values())
         channels.extend(self.wheel.channels())
         links = [channel.link for channel in channels if channel.link is not None]
         return links + [link for _, link in (*self._half_closed, *self._lingering)]
@@ -441,6 +449,10 @@ class Engine:
         if self.sessions.get(session.client_id) is not session:
             return
         del self.sessions[session.client_id]
+        claim = self._claims.pop(session.client_id, None)
+        if claim is not None:
+            self.connected -= 1
+            claim._end()
         will = session.will
         for timer in (session.timers or {}).values():
             timer.cancel()
@@ -539,11 +551,43 @@ class Engine:
         ident = props.subscription_identifiers[0] if props is not None and props.subscription_identifiers else 0
         codes: list[int] = []
         retained: list[Any] = []
+        older = {f: self._find(session, f) for f, _ in packet.filters} if session.spool is not None else {}
         for filter, options in packet.filters:
             code, sent = self._subscribe_one(channel, session, filter, options, ident)
             codes.append(code)
             retained.extend(sent)
+        for filter, before in older.items():
+            made = self._find(session, filter)
+            if made is not None and made is not before:
+                self._unwritten[made] = before
         return codes, retained
+
+    def _settle_subscriptions(self, session: Session, made: list[tuple[bytes, Subscription]], written: bool) -> None:
+        """New subscriptions are on disk, or never will be: then the acknowledged ones they replaced count again."""
+        for filter, new in made:
+            if new not in self._unwritten:
+                continue
+            older = self._unwritten.pop(new)
+            if written:
+                continue
+            for later, before in self._unwritten.items():
+                if before is new:
+                    self._unwritten[later] = older
+            if self.sessions.get(session.client_id) is not session or self._find(session, filter) is not new:
+                continue
+            if older is None:
+                self.unsubscribe(session, [filter])
+                continue
+            self._drop_subscription(new)
+            if session.subscriptions is not None:
+                session.subscriptions.remove(new)
+            self.restore_subscription(session, filter, older.qos, older.no_local, older.rap, older.ident)
+            self._note_subscription(session, filter, older)
+
+    def _note_subscription(self, session: Session, filter: bytes, made: Subscription) -> None:
+        if session.spool is not None:
+            fields = {"sub": [filter.decode(), made.qos, bool(made.no_local), bool(made.rap), made.ident]}
+            self.core.journal.note(records.encode_json(records.SUBSCRIBED, session.spool.number, fields))
 
     def _subscribe_one(
         self, channel: Channel, session: Session, filter: bytes, options: int, ident: int
@@ -586,10 +630,8 @@ class Engine:
             self._drop_subscription(old)  # [MQTT-3.8.4-3]
             if session.subscriptions is not None:
                 session.subscriptions.remove(old)
-        self._add_subscription(session, target, key, qos, no_local, rap, ident)
-        if session.spool is not None:
-            fields = {"sub": [filter.decode(), qos, no_local, rap, ident]}
-            self.core.journal.note(records.encode_json(records.SUBSCRIBED, session.spool.number, fields))
+        made = self._add_subscription(session, target, key, qos, no_local, rap, ident)
+        self._note_subscription(session, filter, made)
         if key is not None:
             return qos, []
         if handling == 2 or (handling == 1 and old is not None):  # [MQTT-3.3.1-10] [MQTT-3.3.1-11]
@@ -716,7 +758,7 @@ class Engine:
             changed = True
         if not session.subscriptions:
             session.subscriptions = None
-        if changed and (session.queue is not None or session.retained is not None):
+        if changed:
             kept = [s.filter for s in session.subscriptions or ()]
             session.purge(lambda topic: any(topics.matches(f, topic) for f in kept), "unsubscribed")
         return codes
@@ -725,12 +767,16 @@ class Engine:
         self, channel: Channel, session: Session, subscribe: Any, codes: list[int], retained: list[Any]
     ) -> None:
         """Answer SUBSCRIBE once the subscriptions are on disk."""
+        made = []
+        for filter in {filter for (filter, _), code in zip(subscribe.filters, codes, strict=True) if code < 0x80}:
+            found = self._find(session, filter)
+            if found is not None:
+                made.append((filter, found))
 
         def answer(written: bool) -> None:
             granted = codes
+            self._settle_subscriptions(session, made, written)
             if not written:
-                failed = [f for (f, _), code in zip(subscribe.filters, codes, strict=True) if code < 0x80]
-                self.unsubscribe(session, failed)
                 granted = [0x97 if channel.v5 else 0x80] * len(codes)
             if channel.state == LIVE:
                 channel.subscribed(session, subscribe.packet_id, granted, retained if written else [])
@@ -854,8 +900,8 @@ class Engine:
     def use_journal(self, journal: Journal) -> None:
         """From now on sessions and retained messages survive a restart."""
         self.core.journal = journal
-        journal.retained_of = self.retained_store.get
-        self.retained_store.removed = journal.drop_retained
+        journal.retained = self.retained_store
+        self.retained_store.removed = journal.retained_expired
 
     def _failed(self, error: Exception, text: str = "a timer of the engine failed; the others go on") -> None:
         log.error("%s", text, exc_info=error)

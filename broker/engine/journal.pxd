@@ -14,7 +14,7 @@ cdef class Journal:
     cdef public dict values
     cdef public dict live
     cdef public unsigned int next_number
-    cdef public object retained_of
+    cdef public object retained
     cdef public long long lost
     cdef public dict _value_segments
     cdef public long long _origin_clock
@@ -25,6 +25,7 @@ cdef class Journal:
     cdef public list _old
     cdef public list _dirty
     cdef public list _notes
+    cdef public list _ends
     cdef public list _copies
     cdef public dict _freed
     cdef public object _next

@@ -45,6 +45,7 @@ class Commit:
         self.holds: list[Any] = []
         self.notes: list[bytes] = []
         """Records that are not messages: written again after the disk was full."""
+        self.ends: list[bytes] = []
 
 
 class Journal:
@@ -71,7 +72,8 @@ class Journal:
         self.live: dict[int, int] = {}
         """Records alive in each segment."""
         self.next_number = 1
-        self.retained_of: Callable[[bytes], Message | None] | None = None
+        self.retained: Any = None
+        """The store of retained messages."""
         self.lost = 0
         """Queue entries the store could not bring back at start."""
         self._value_segments: dict[bytes, int] = {}
@@ -84,6 +86,8 @@ class Journal:
         self._dirty: list[Spool] = []
         self._notes: list[Any] = []
         """Records to write first: bytes, or a Spool whose snapshot is due, or (key,) of a table entry."""
+        self._ends: list[bytes] = []
+        """Sessions that are over. Written last: what moved from them to others is stored before it is forgotten."""
         self._copies: list[Any] = []
         self._freed: dict[Spool, list[int]] = {}
         self._next = Commit()
@@ -150,9 +154,7 @@ class Journal:
             self.wake()
         else:
             self._young.append(pending)
-            if not self._ticking:
-                self._ticking = True
-                self.call_later(LINGER, self._tick)
+            self._tick_soon()
 
     def _hurry(self, pending: Pending) -> None:
         pending.urgent = True
@@ -171,13 +173,22 @@ class Journal:
             return
         pending.state = GONE
         pending.message = None
+        if pending.moved is not None:
+            self._given(pending)
         hold = pending.hold
         if hold is not None:
             pending.hold = None
             hold.release()
 
+    def _given(self, pending: Pending) -> None:
+        """What moved to other sessions is safe there: those that had it before may forget it."""
+        moved = pending.moved
+        pending.moved = None
+        for spool, seq in moved or ():
+            spool.gave(seq)
+
     def retain(self, message: Message, old: Message | None, hold: Any) -> None:
-        """The message is its topic's retained one now, in place of `old`."""
+        """The message is its topic's retained one now, in place of `old`, which is kept until this one is on disk."""
         pending: Pending | None = message.pending
         if pending is None or pending.state != OPEN:
             if not message.ident:
@@ -191,7 +202,42 @@ class Journal:
             pending.hold = hold
             hold.count += 1
         if old is not None:
-            self.drop_retained(old)
+            pending.replaces = self._superseded(old)
+
+    def _superseded(self, old: Message) -> Message | None:
+        """What stays on disk until the successor of `old` is there: itself, or what it was to replace."""
+        pending: Pending | None = old.kept
+        if pending is None or pending.state != OPEN:
+            return old
+        before = pending.replaces
+        pending.replaces = None
+        self.drop_retained(old)
+        return before
+
+    def _put_back(self, pending: Pending) -> None:
+        """A topic's retained message could not be written: the one before it counts again."""
+        message = pending.message
+        before = pending.replaces
+        pending.retained = False
+        pending.replaces = None
+        assert message is not None
+        message.kept = None
+        current = self.retained.get(message.topic)
+        if current is message:
+            self.retained.clear(message.topic)
+            if before is not None:
+                self.retained.put(before)
+        elif current is not None and current.kept is not None and current.kept.replaces is message:
+            current.kept.replaces = before
+
+    def kept_at(self, topic: bytes, position: int) -> Message | None:
+        """The retained message of a topic, or the one it is about to replace, whose record is at this position."""
+        message: Message | None = self.retained.get(topic) if self.retained is not None else None
+        while message is not None and message.kept is not None:
+            if message.kept.state == STORED and message.kept.position == position:
+                return message
+            message = message.kept.replaces
+        return None
 
     def unretain(self, old: Message, hold: Any) -> None:
         """The retained message was removed; `hold` waits until that is on disk."""
@@ -208,10 +254,24 @@ class Journal:
         if pending is None:
             return
         pending.retained = False
+        before = pending.replaces
+        if before is not None:
+            pending.replaces = None
+            self.drop_retained(before)
         if pending.state == STORED:
             self.free(pending.position)
-        elif pending.state == OPEN and pending.left == 0:
-            self.settled(pending)
+        elif pending.state == OPEN:
+            if pending.hold is not None:  # it is safe when what took its place is
+                pending.hold.count += 1
+                self._next.holds.append(pending.hold)
+            if pending.left == 0:
+                self.settled(pending)
+
+    def retained_expired(self, old: Message) -> None:
+        """The retained message has expired."""
+        if old.kept is not None and old.kept.replaces is not None:  # or a restart would find the one before
+            self.note(records.encode_cleared(old.topic))
+        self.drop_retained(old)
 
     def mark(self, message: Message, spool: Spool, ident: int) -> None:
         """The publisher's QoS 2 identifier is kept in one record with the message, if that is written at all."""
@@ -235,6 +295,7 @@ class Journal:
         else:
             return False
         self._freed.setdefault(spool, []).append(ident)
+        self._tick_soon()
         return True
 
     def released(self, spool: Spool, seq: int, pending: Pending, channel: Any, reply: bytes) -> None:
@@ -294,9 +355,8 @@ class Journal:
         self._notes.append(record)
         if soon:
             self.wake()
-        elif not self._ticking:
-            self._ticking = True
-            self.call_later(LINGER, self._tick)
+        else:
+            self._tick_soon()
 
     def end(self, spool: Spool) -> None:
         """The session is over; the caller has given up what it held."""
@@ -306,7 +366,8 @@ class Journal:
             self._less(spool.segment)
             spool.segment = 0
         self._freed.pop(spool, None)
-        self.note(records.encode_session(records.END, spool.number))
+        self._ends.append(records.encode_session(records.END, spool.number))
+        self._tick_soon()
 
     def put_value(self, key: bytes, value: bytes, callback: Callable[[bool], None] | None = None) -> None:
         """Set an entry of the key-value table; an empty value removes it. `callback` hears when it is on disk."""
@@ -353,6 +414,9 @@ class Journal:
     def touch(self, spool: Spool) -> None:
         """The session has acknowledgements to record."""
         self._dirty.append(spool)
+        self._tick_soon()
+
+    def _tick_soon(self) -> None:
         if not self._ticking:
             self._ticking = True
             self.call_later(LINGER, self._tick)
@@ -385,7 +449,7 @@ class Journal:
                 self._hot.append(pending)
         self._old = self._young
         self._young = []
-        if self._hot or self._dirty or self._notes:
+        if self.due:
             self.wake()
         if self._old:
             self._ticking = True
@@ -432,6 +496,21 @@ class Journal:
             parts.append(commit.notes[-1])
             size += len(parts[-1])
         self._freed = {}
+        # before the messages: one of them may take the place of a retained one that is copied
+        for takers, retained, position, record in self._copies:
+            if retained is not None and (retained.kept is None or retained.kept.position != position):
+                # replaced or cleared since: this record comes behind the one that says so
+                retained = None
+                at = records.HEADER
+                record = record[:at] + bytes((record[at] & ~records.RETAINED,)) + record[at + 1 :]
+            commit.copies.append((takers, retained, position, len(frames), size))
+            parts.append(record)
+            size += len(record)
+            if size >= FRAME:
+                frames.append((b"".join(parts), 0))
+                parts = []
+                size = 0
+        self._copies = []
         hot = self._hot
         self._hot = []
         for pending in hot:
@@ -447,20 +526,6 @@ class Journal:
                 frames.append((b"".join(parts), entries))
                 parts = []
                 size = entries = 0
-        for takers, retained, position, record in self._copies:
-            if retained is not None and (retained.kept is None or retained.kept.position != position):
-                # replaced or cleared since: this record comes behind the one that says so
-                retained = None
-                at = records.HEADER
-                record = record[:at] + bytes((record[at] & ~records.RETAINED,)) + record[at + 1 :]
-            commit.copies.append((takers, retained, position, len(frames), size))
-            parts.append(record)
-            size += len(record)
-            if size >= FRAME:
-                frames.append((b"".join(parts), entries))
-                parts = []
-                size = entries = 0
-        self._copies = []
         # last: a message that went from one session to another is stored before it is forgotten where it was
         for spool in self._dirty:
             spool.dirty = False
@@ -471,6 +536,9 @@ class Journal:
                 commit.notes.append(records.encode_acked(spool.number, floor, [seq for seq in done if seq >= floor]))
                 parts.append(commit.notes[-1])
         self._dirty = []
+        commit.ends = self._ends
+        parts.extend(self._ends)
+        self._ends = []
         if parts:
             frames.append((b"".join(parts), entries))
         if not frames and not commit.replies and not commit.callbacks and not commit.holds:
@@ -493,6 +561,7 @@ class Journal:
                 commit.items.append((pending, 0, 0))
         self._hot = []
         self._notes = []
+        self._ends = []
         self._freed = {}
         self._fail(commit, 0x83)
 
@@ -570,6 +639,12 @@ class Journal:
             if pending.retained:
                 alive += 1
             live[position >> 32] += alive
+            if pending.replaces is not None:
+                older = pending.replaces
+                pending.replaces = None
+                self.drop_retained(older)
+            if pending.moved is not None:
+                self._given(pending)
             hold = pending.hold
             if hold is not None:
                 pending.hold = None
@@ -630,10 +705,16 @@ class Journal:
             again: list[Any] = [spool for spool, _ in commit.snapshots]
             again.extend((key,) for key, _ in commit.values)
             self._notes = again + commit.notes + self._notes
+            self._ends = commit.ends + self._ends
             for channel, data in commit.replies.items():
                 waiting = self._next.replies.get(channel)
                 self._next.replies[channel] = data if waiting is None else data + waiting
             commit.replies = {}
+            for item in commit.items:
+                if item[0].moved is not None:  # acknowledged long ago: tried again
+                    item[0].state = OPEN
+                    self._hot.append(item[0])
+            commit.items = [item for item in commit.items if item[0].state != OPEN]
         self._fail(commit, 0x97 if error.full else 0x83)
         if commit.copies:
             self.compaction.failed = True
@@ -651,6 +732,9 @@ class Journal:
         affected: dict[Spool, None] = {}
         for pending, _, _ in commit.items:
             pending.state = FAILED
+            pending.moved = None
+            if pending.retained:
+                self._put_back(pending)
             hold = pending.hold
             pending.hold = None
             for taker in pending.takers():
@@ -659,8 +743,7 @@ class Journal:
             publisher = pending.publisher
             if publisher is not None:
                 self.unmark(publisher, pending.publisher_ident)
-                if hold is None or hold.owner is None:  # nobody is told: sent again, it is a new message
-                    publisher.session.forget(pending.publisher_ident)
+                publisher.session.forget(pending.publisher_ident)  # sent again, it is a new message
             if hold is not None:
                 hold.fail(code)
         self.core.count("store_failed", max(1, len(commit.items)))
@@ -729,6 +812,7 @@ class Journal:
         return bool(
             self._hot
             or self._notes
+            or self._ends
             or self._dirty
             or self._freed
             or self._copies

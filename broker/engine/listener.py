@@ -8,9 +8,14 @@ def _uncounted() -> None:
     """Nobody counts the connections."""
 
 
+def _unknown(data: bytes) -> str | None:
+    """Nobody knows other protocols."""
+    return None
+
+
 class ListenerInfo:
     """`auth` names the backends that decide here (None: all); `privileged` marks the internal listener of workers.
-    `on_lost` is called when one of its connections is gone."""
+    `on_lost` is called when one of its connections is gone; `speech` says what bytes that are no MQTT are."""
 
     __slots__ = (
         "attributes",
@@ -23,6 +28,7 @@ class ListenerInfo:
         "name",
         "on_lost",
         "privileged",
+        "speech",
     )
 
     def __init__(
@@ -47,3 +53,4 @@ class ListenerInfo:
         self.attributes = attributes or {}
         self.connections = 0
         self.on_lost: Callable[[], None] = _uncounted
+        self.speech: Callable[[bytes], str | None] = _unknown

@@ -2,6 +2,9 @@
 
 Records are read in the order in which they were written and each is small news: later ones win. A record that cannot be
 what it says is left out alone, counted and named in the log; everything else is loaded.
+
+A session whose client was connected at the end lives for its whole expiry from the start on: nobody wrote down when the
+broker died, and a session kept for too long loses nothing.
 """
 
 import logging

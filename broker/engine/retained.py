@@ -38,6 +38,14 @@ class Retained:
             return False
         if self.bytes - freed + size > self.max_bytes:
             return False
+        self.put(message)
+        return True
+
+    def put(self, message: Message) -> None:
+        """As `store`, whatever the limits say: for a message that was here before."""
+        size = message.size + FIXED
+        old = self.get(message.topic)
+        freed = old.size + FIXED if old is not None else 0
         node = self._root
         for level in message.topic.split(b"/"):
             if node.children is None:
@@ -49,7 +57,6 @@ class Retained:
         node.message = message
         self.count += 0 if old is not None else 1
         self.bytes += size - freed
-        return True
 
     def get(self, topic: bytes) -> Message | None:
         """The topic's retained message."""

@@ -54,7 +54,7 @@ cdef class Session(Receiver):
     @cython.locals(spool=Spool)
     cpdef object _seq_of(self, int ident)
     cpdef int _enqueue(self, Message message, int qos, bint retain, object idents, Hold hold, object group) except -1
-    @cython.locals(box=Outbox, spool=Spool, message=Message, qos=int, pending=Pending, hold=Hold, seq=longlong, entry=tuple)
+    @cython.locals(box=Outbox, spool=Spool, message=Message, qos=int, pending=Pending, hold=Hold, seq=longlong, entry=tuple, oldest=longlong)
     cpdef drain(self)
     cpdef _send_retained(self, object box)
     @cython.locals(inflight=Inflight, ident=int)

@@ -18,7 +18,7 @@ from broker.engine.journal import Journal
 from broker.engine.message import Message, encode_head
 from broker.engine.outbox import Outbox
 from broker.engine.receiver import DONE, LATER, REFUSED, Hold, Receiver, Subscription, Target
-from broker.engine.spool import FAILED, IN_MEMORY, LOAD, STORED, Pending, Spool
+from broker.engine.spool import FAILED, IN_MEMORY, LOAD, OPEN, STORED, WRITING, Pending, Spool
 from broker.mqtt.framing import encode_length
 
 ACK_OK = 0
@@ -75,8 +75,9 @@ class Session(Receiver):
         qos = message.qos if message.qos < target.qos else target.qos  # [MQTT-3.8.4-8]
         if qos == 0 and self.spec is not None and self.spec.upgrade_qos and target.qos > 0:
             qos = 1
-        if hold is not None and self.spool is None and (self.spec is None or self.spec.ack != "delivered"):
-            hold = None
+        if hold is not None and (qos == 0 or self.spool is None):
+            if self.spec is None or self.spec.ack != "delivered":
+                hold = None
         return self.offer(message, qos, message.retain and target.rap, target.idents, hold, target.group)
 
     def offer(self, message: Message, qos: int, retain: bool, idents: Any, hold: Hold | None, group: Any) -> int:
@@ -313,6 +314,8 @@ class Session(Receiver):
                     self.discard(queue.popleft(), "queue_full")
         elif self._admit(qos, size) != LATER:
             return DONE
+        elif self.core.limits.max_queued_age:
+            self.core.stamp(message)
         if hold is not None:
             hold.count += 1
         queue.append((message, qos, retain, idents, hold, group, 0, None))
@@ -394,7 +397,6 @@ class Session(Receiver):
     def drain(self) -> None:
         """Move what queues into the in-flight window, as far as the client takes it."""
         box = self.outbox
-        queue = self.queue
         if box is None:
             return
         if self.resend is not None:
@@ -402,8 +404,10 @@ class Session(Receiver):
             if self.resend is not None:
                 return
         spool = self.spool
+        oldest = self._oldest_kept() if self.queue is not None else 0
         while True:
-            while queue and not box.congested:
+            # whoever is told that a message is safe or given up goes on at once, and may be this very client
+            while (queue := self.queue) and not box.congested:
                 entry = queue[0]
                 if entry[1] > 0 and not self._may_go(entry):
                     break
@@ -412,27 +416,41 @@ class Session(Receiver):
                 if pending is not None and pending.state == FAILED:
                     self.discard(entry, "store_failed")
                     continue
+                if 0 < message.time_ms < oldest:
+                    if pending is not None and spool is not None:
+                        spool.passed(seq, self.inflight)
+                    self.discard(entry, "too_old")
+                    continue
                 self.queue_bytes -= message.size
                 if qos == 0:
                     self.offer(message, 0, retain, idents, None, group)
+                    if hold is not None:
+                        hold.release()
                 elif self._send(box, message, qos, retain, idents, hold, group, seq, pending) == DONE:
                     if hold is not None:
                         hold.release()
                 elif hold is not None:
                     hold.count -= 1
+            if self.outbox is not box:
+                return
             if spool is None or box.congested or (queue and len(queue) >= LOAD):
                 break
             if spool.backlog is None and queue:
                 break
             if not spool.refill():
                 break
-            queue = self.queue
-        if not queue:
+            oldest = self._oldest_kept()
+        if not self.queue:
             self.queue = None
             if self.retained is not None:
                 self._send_retained(box)
         if self.blocked is not None and self.spec is not None and self.queue_bytes < self.spec.max_bytes:
             self.unblock()
+
+    def _oldest_kept(self) -> int:
+        """Messages that came before this, in milliseconds since 1970, have waited too long; 0 where none has."""
+        age = self.spec.max_age if self.spec is not None else self.core.limits.max_queued_age
+        return int(self.core.wall_ms - age * 1000) if age else 0
 
     def _may_go(self, entry: Any) -> bool:
         """Whether the window takes this queue entry now."""
@@ -714,8 +732,9 @@ class Session(Receiver):
             self.resend = None
 
     def take_shared(self) -> list[Any]:
-        """Remove and return what was sent or queued through a shared subscription and another connected member may
-        have: QoS 1 in flight and everything queued; QoS 2 already sent waits for this client. [MQTT-4.8.2-4]"""
+        """What was sent or queued through a shared subscription and another connected member may have: QoS 1 in flight
+        and what queues in memory. QoS 2 already sent waits for this client [MQTT-4.8.2-4], and so does what queues on
+        disk. It is removed, but for what is in flight and stored: that waits for `moved`."""
         taken = []
         inflight = self.inflight
         if inflight is not None and inflight.refs is not None:
@@ -723,7 +742,8 @@ class Session(Receiver):
                 if ref is not None and ref[1] is not None and state == SENT and ref[1].elsewhere(self, ref[2]):
                     pending = inflight.stored_of(ident)
                     seq = self._seq_of(ident) if pending is not None else 0
-                    inflight.remove(ident)
+                    if pending is None:
+                        inflight.remove(ident)
                     taken.append((ref[2], ref[3], ref[4], ref[5], ref[0], ref[1], seq, pending))
         self.queue = self._without_shared(self.queue, taken)
         if self.spool is not None:
@@ -735,7 +755,8 @@ class Session(Receiver):
             return None
         kept: Any = deque()
         for entry in queue:
-            if entry[5] is None or not entry[5].elsewhere(self, entry[0]):
+            on_disk = entry[7] is not None and entry[7].state != OPEN
+            if entry[5] is None or on_disk or not entry[5].elsewhere(self, entry[0]):
                 kept.append(entry)
             else:
                 self.queue_bytes -= entry[0].size
@@ -744,29 +765,32 @@ class Session(Receiver):
 
     def moved(self, entry: Any) -> None:
         """Another member of the group has what `take_shared` returned."""
-        if entry[7] is not None and self.spool is not None:
-            self.spool.finish(entry[6], entry[7], self.inflight)
+        message, seq, pending = entry[0], entry[6], entry[7]
+        spool = self.spool
+        if pending is None or spool is None:
+            return
+        copy = message.pending
+        if (pending.state == STORED or pending.state == WRITING) and copy is not pending and copy.state == OPEN:
+            if copy.moved is None:
+                copy.moved = []
+            copy.moved.append((spool, seq))
+        elif self.inflight is not None and self.inflight.stored_of((seq - 1) % 65535 + 1) is pending:
+            spool.gave(seq)
+        else:
+            spool.finish(seq, pending, self.inflight)
 
     def purge(self, filter_topics: Any, reason: str = "unauthorized") -> None:
         """Drop queued messages whose topic `filter_topics(topic)` rejects; what is in flight finishes."""
         if self.retained is not None:
             self.retained = deque(entry for entry in self.retained if filter_topics(entry[0].topic)) or None
-        self.queue = self._purged(self.queue, filter_topics, reason)
+        given_up: list[Any] = []
+        self.queue = _purged(self.queue, filter_topics, given_up)
         if self.spool is not None:
-            self.spool.tail = self._purged(self.spool.tail, filter_topics, reason)
+            self.spool.tail = _purged(self.spool.tail, filter_topics, given_up)
+        for entry in given_up:  # whoever is told may publish to this very session
+            self.discard(entry, reason)
         if self.blocked is not None:
             self.unblock()
-
-    def _purged(self, queue: Any, filter_topics: Any, reason: str) -> Any:
-        if queue is None:
-            return None
-        kept: Any = deque()
-        for entry in queue:
-            if filter_topics(entry[0].topic):
-                kept.append(entry)
-            else:
-                self.discard(entry, reason)
-        return kept if kept else None
 
     def drop_queue(self, reason: str) -> None:
         """Give up everything that queues; what is in flight finishes."""
@@ -782,9 +806,7 @@ class Session(Receiver):
         """Why a message that comes back from disk is not delivered any more; empty when it is."""
         if message.expires != 0 and message.expires <= self.core.now:
             return "expired"
-        spec = self.spec
-        age = spec.max_age if spec is not None else self.core.limits.max_queued_age
-        if age and self.core.wall_ms - message.time_ms > age * 1000:
+        if message.time_ms < self._oldest_kept():
             return "too_old"
         withheld: str = self.core.withholds(self, message) if self.core.withholds is not None else ""
         return withheld
@@ -793,6 +815,16 @@ class Session(Receiver):
     def queued(self) -> int:
         """Messages waiting, those in flight included."""
         return self.waiting + (self.inflight.count if self.inflight else 0)
+
+
+def _purged(queue: Any, filter_topics: Any, given_up: list[Any]) -> Any:
+    """What stays of a queue; the rest is added to `given_up`."""
+    if queue is None:
+        return None
+    kept: Any = deque()
+    for entry in queue:
+        (kept if filter_topics(entry[0].topic) else given_up).append(entry)
+    return kept if kept else None
 
 
 def filter_of(subscription: Subscription) -> bytes:

@@ -18,6 +18,8 @@ cdef class Pending:
     cdef public Spool publisher
     cdef public int publisher_ident
     cdef public bint retained
+    cdef public Message replaces
+    cdef public list moved
     cdef public bint urgent
     cdef public int state
     cdef public unsigned long long position
@@ -40,6 +42,7 @@ cdef class Spool:
     cdef public object backlog
     cdef public object tail
     cdef public list loading
+    cdef public dict holds
     cdef public list done
     cdef public set gone
     cdef public set marks

@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any
 
 from broker.engine.backlog import Backlog
-from broker.engine.inflight import FREE, RELEASED, Inflight
+from broker.engine.inflight import FREE, RELEASED, SENT, Inflight
 from broker.engine.message import Message
 
 OPEN = 0
@@ -47,6 +47,10 @@ class Pending:
         """The session whose QoS 2 identifier is kept with the message."""
         self.publisher_ident = 0
         self.retained = False
+        self.replaces: Message | None = None
+        """The retained message on disk whose place this one takes as soon as it is there too."""
+        self.moved: list[tuple[Spool, int]] | None = None
+        """(spool, seq) of sessions that give their copy up once this one is on disk: a `$share` member is gone."""
         self.urgent = False
         self.state = OPEN
         self.position = 0
@@ -117,6 +121,8 @@ class Spool:
         self.backlog: Any = None
         self.tail: Any = None
         self.loading: list[Any] | None = None
+        self.holds: dict[int, Any] | None = None
+        """Holds of messages that wait on disk, of an instance whose publishers are told when it has them."""
         self.done: list[int] | None = None
         """Acknowledged out of order and not yet recorded."""
         self.gone: set[int] | None = None
@@ -184,8 +190,27 @@ class Spool:
         elif seq == self.floor:
             self.advance(inflight)
 
+    def gave(self, seq: int) -> None:
+        """Another session keeps what is in flight here: `Pending.moved`. Its client may have been faster."""
+        session = self.session
+        inflight = session.inflight
+        if session.spool is not self or inflight is None or not self.floor <= seq < self.sent:
+            return
+        ident = (seq - 1) % 65535 + 1
+        if inflight.state(ident) != SENT:
+            return
+        pending = inflight.stored_of(ident)
+        inflight.remove(ident)
+        self.finish(seq, pending, inflight)
+        session.drain()
+
     def skip(self, seq: int) -> None:
         """A number that will not be sent, somewhere in what waits."""
+        if not self.session.queue and not self.waiting:
+            self.sent = self.next_seq
+            self.gone = None
+            self.advance(self.session.inflight)
+            return
         if self.gone is None:
             self.gone = set()
         self.gone.add(seq)
@@ -196,6 +221,18 @@ class Spool:
         self.note(seq)
         if seq >= self.sent:
             self.skip(seq)
+        if self.holds is not None:
+            hold = self.holds.pop(seq, None)
+            if hold is not None:
+                hold.release()
+
+    def place(self, entry: Any) -> Any:
+        """What is kept of a queue entry whose message is on disk."""
+        if entry[4] is not None:
+            if self.holds is None:
+                self.holds = {}
+            self.holds[entry[6]] = entry[4]
+        return entry[6], entry[7].position, entry[0].size, entry[0].time_ms // 1000
 
     # what waits -----------------------------------------------------------------------------------------------
 
@@ -228,9 +265,8 @@ class Spool:
 
     def settle(self) -> None:
         """Something was written: what is on disk needs no memory, unless its turn is near."""
-        tail = self.tail
         session = self.session
-        while tail:
+        while tail := self.tail:  # whoever is told of a discarded one may go on publishing
             entry = tail[0]
             pending = entry[7]
             if pending.state == FAILED:
@@ -243,8 +279,8 @@ class Spool:
             if near and len(tail) + (len(session.queue) if session.queue is not None else 0) <= IN_MEMORY:
                 break
             tail.popleft()
-            self._to_backlog().append(entry[6], pending.position, entry[0].size, entry[0].time_ms // 1000)
-        if not tail:
+            self._to_backlog().append(*self.place(entry))
+        if not self.tail:
             self.tail = None
         if session.outbox is not None:
             session.drain()
@@ -294,16 +330,20 @@ class Spool:
         queue = session.queue
         if queue is None:
             queue = session.queue = deque()
+        given_up = []
         for entry, found in zip(taken, messages, strict=True):
             seq, position, size, _ = entry
             reason = "unreadable" if found is None else session.outdated(found[0])
             if reason:
                 session.queue_bytes -= size
                 session.count_drop(reason)
-                self.finish_place(seq, position)
+                given_up.append((seq, position))
                 continue
             message, taker = found
-            queue.append((message, taker.qos, taker.retain, taker.idents, None, None, seq, stored_at(position)))
+            hold = self.holds.pop(seq, None) if self.holds is not None else None
+            queue.append((message, taker.qos, taker.retain, taker.idents, hold, None, seq, stored_at(position)))
+        for seq, position in given_up:
+            self.finish_place(seq, position)
         session.drain()
 
     def fold(self) -> None:
@@ -323,7 +363,7 @@ class Spool:
             if pending is None:
                 kept.append(entry)
             elif pending.state == STORED and not aside:
-                front.append((entry[6], pending.position, entry[0].size, entry[0].time_ms // 1000))
+                front.append(self.place(entry))
             else:
                 aside.append(entry)
         if front:
@@ -378,12 +418,17 @@ class Spool:
             self.backlog = None
         if reason and count:
             session.count_drop(reason, count)
-        for entry in (*(session.queue or ()), *(self.tail or ())):
-            session.discard(entry, reason)
+        given_up = [*(session.queue or ()), *(self.tail or ())]
+        holds = list((self.holds or {}).values())
+        self.holds = None
         session.queue = None
         self.tail = None
         self.sent = self.next_seq
         self.gone = None
+        for entry in given_up:  # whoever is told may publish to this very session
+            session.discard(entry, reason)
+        for hold in holds:
+            hold.release()
         self.advance(session.inflight)
 
     # for the journal ------------------------------------------------------------------------------------------

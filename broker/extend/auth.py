@@ -85,6 +85,12 @@ class Rule:
     """Any further condition; must be quick and never raise."""
     source: str = ""
     """Where it was written, for explanations: ``acl.conf:12`` or ``group operators``."""
+    group: str | None = None
+    """Applies to members of this group only, whichever backend named it in `Grant.groups`."""
+    qos: frozenset[int] | None = None
+    """Applies to these QoS only: of the message published, of the subscription asked for. None: to every QoS."""
+    retain: bool | None = None
+    """Applies to publishing retained messages only, or to all others only; has no meaning for subscriptions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,8 @@ class Grant:
     """Unix time from which the login is no longer good; bounds the cache too."""
     username: str | None = None
     """The name the client is known by from now on, when it is not the one it gave."""
+    groups: frozenset[str] = frozenset()
+    """Whose member the client is: rules with such a `group` apply to it, whichever backend they come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +162,8 @@ class AuthBackend(Protocol):
     - ``reopen_on_reload = True``: opened anew at each reload (it reads files);
     - ``without_password = True``: is asked about clients without a password too, with an empty one: what they prove
       themselves with is in `Client.certificate` or is the user name;
+    - ``screen(client) -> Refusal | None``: asked before everything else about every client that logs in, also one
+      with a certificate or without any name; must be quick and never raise;
     - ``async burn(password)``: spend the time of one password check, called when no backend knew the user.
     """
 

@@ -15,6 +15,10 @@ class StoreError(Exception):
         """There was no space: what is tried later may succeed. Otherwise the store takes nothing until a restart."""
 
 
+class BackupFailed(Exception):
+    """A backup that was not made, in words for the operator; nothing of it is kept."""
+
+
 class StoreOwner(Protocol):
     """Who hears how commits ended. Called on the event loop's thread, in the order the commits were handed over."""
 

@@ -14,7 +14,7 @@ from broker.config.listeners import ListenerConfig, SecureListener, WebSocket
 from broker.engine.listener import ListenerInfo
 from broker.net import binding, tls
 from broker.net.allocation import trim_tls
-from broker.net.connection import Connection, peer_of
+from broker.net.connection import Connection, foreign_speech, peer_of
 from broker.net.handshakes import Waiting
 from broker.net.refusal import Refusal
 from broker.net.shared import Shared
@@ -36,6 +36,7 @@ class Admission:
         self.report = shared.report
         self.info = ListenerInfo(name, privileged=privileged)
         self.info.on_lost = self.lost
+        self.info.speech = self.speech
         self.config: ListenerConfig = ListenerConfig()
         self.context: ssl.SSLContext | None = None
         self.refused: dict[str, int] = {}
@@ -64,13 +65,6 @@ class Admission:
         return int(self.info.max_packet_size or self.engine.core.limits.max_packet_size)
 
     # accepting ------------------------------------------------------------------------------------------------
-
-    def _plain_connection(self) -> Connection:
-        """For uvloop's server, which accepts by itself: a connection too many is closed as soon as it is made."""
-        connection = Connection(self, self.loop.time(), "")
-        connection.doomed = self._full()
-        self._count_in()
-        return connection
 
     def _count_in(self) -> None:
         self.info.connections += 1
@@ -162,6 +156,16 @@ class Admission:
             protocol.data_received(data)
 
     # what connections call ------------------------------------------------------------------------------------
+
+    def arrived(self) -> bool:
+        """Count in a connection that uvloop accepted; False when it is one too many to be told so."""
+        full = self._full()
+        self._count_in()
+        return not full
+
+    def speech(self, data: bytes) -> str | None:
+        """What a peer whose first bytes are not MQTT speaks instead, for the report; None when that is unknown."""
+        return None if isinstance(self.config, WebSocket) else foreign_speech(data, self.secure)
 
     def open_channel(self, link: Any, peer: str, since: float) -> Any:
         """The engine's channel, or one that only refuses when the listener is full."""

@@ -1,4 +1,4 @@
-"""A byte-stream connection until its first read: TCP, TLS or a Unix socket. Then the channel is the protocol."""
+"""A byte-stream connection until it has its channel: TCP, TLS or a Unix socket. Then the channel is the protocol."""
 
 from __future__ import annotations
 
@@ -29,28 +29,22 @@ def peer_of(address: Any) -> str:
 
 
 class Connection(asyncio.Protocol):
-    """Opens the channel and judges the first read; a connection with a channel in charge needs nothing of ours."""
+    """Opens the channel as soon as the connection is made; from then on the channel is the transport's protocol.
 
-    __slots__ = ("channel", "doomed", "listener", "peer", "since", "transport")
+    The exchange comes before the first read is asked for: made later it costs two more system calls a connection.
+    """
+
+    __slots__ = ("listener", "peer", "since")
 
     def __init__(self, listener: Admission, since: float, peer: str) -> None:
-        """`since` is when the kernel gave us the connection; an empty `peer` is asked of the transport."""
+        """`since` is when the kernel gave us the connection."""
         self.listener = listener
         self.since = since
         self.peer = peer
-        self.channel: Any = None
-        self.transport: Any = None
-        self.doomed = False
 
     def connection_made(self, transport: Any) -> None:
-        """Open the channel; its deadline counts from the accept. A connection doomed from the start is one too many."""
-        self.transport = transport
-        if self.doomed:
-            transport.abort()
-            return
+        """Open the channel; its deadline counts from the accept."""
         listener = self.listener
-        if not self.peer:
-            self.peer = peer_of(transport.get_extra_info("peername"))
         identity = listener.identity_of(transport, self.peer)
         if identity is None:
             transport.abort()
@@ -58,36 +52,33 @@ class Connection(asyncio.Protocol):
         channel = listener.open_channel(transport, self.peer, self.since)
         if identity:
             channel.identity = identity
-        self.channel = channel
-
-    def data_received(self, data: bytes) -> None:
-        """The first bytes: hand the connection over, unless they cannot be MQTT."""
-        channel = self.channel
-        if channel is None:
-            return
-        speech = foreign_speech(data, self.listener.secure)
-        if speech is not None:
-            name = self.listener.name
-            self.listener.report("not_mqtt", f"{self.peer} {speech}, listener {name!r}; closed")
-            self.transport.abort()
-            return
-        self.transport.set_protocol(channel)
-        channel.data_received(data)
-
-    def pause_writing(self) -> None:
-        """The transport holds more than the peer takes."""
-        if self.channel is not None:
-            self.channel.pause_writing()
-
-    def resume_writing(self) -> None:
-        """The transport takes bytes again."""
-        if self.channel is not None:
-            self.channel.resume_writing()
+        transport.set_protocol(channel)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone before it said anything."""
-        channel = self.channel
-        self.channel = None
-        if channel is not None:
-            channel.lost(exc)
+        """The connection is gone before it had a channel."""
         self.listener.lost()
+
+
+class Arrivals(asyncio.Protocol):
+    """Does the same for uvloop's server, which accepts by itself: one object for all connections of a listener.
+
+    A connection too many is closed as soon as it is made.
+    """
+
+    __slots__ = ("_listener",)
+
+    def __init__(self, listener: Admission) -> None:
+        self._listener = listener
+
+    def connection_made(self, transport: Any) -> None:
+        """Count the connection in and open its channel."""
+        listener = self._listener
+        if not listener.arrived():
+            transport.abort()
+            return
+        peer = peer_of(transport.get_extra_info("peername"))
+        transport.set_protocol(listener.open_channel(transport, peer, listener.loop.time()))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """A connection that was one too many is gone."""
+        self._listener.lost()

@@ -31,20 +31,28 @@ class Descriptors:
     @property
     def reserve(self) -> int:
         """How many connections leave alone."""
-        if self._reserve is not None:
-            return self._reserve
-        return max(SMALLEST_RESERVE, min(LARGEST_RESERVE, self.limit // 8))
+        return self._reserve_of(self.limit)
 
     @property
     def watermark(self) -> int:
         """The first number of the reserve."""
-        return self.limit - self.reserve
+        limit = self.limit
+        return limit - self._reserve_of(limit)
 
-    def available(self, fd: int) -> bool:
-        """Whether a further connection would stay out of the reserve; `fd` is any open descriptor."""
+    def _reserve_of(self, limit: int) -> int:
+        if self._reserve is not None:
+            return self._reserve
+        return max(SMALLEST_RESERVE, min(LARGEST_RESERVE, limit // 8))
+
+    def available(self, fd: int, count: int = 1) -> bool:
+        """Whether so many more would stay out of the reserve; `fd` is any open descriptor."""
+        probes: list[int] = []
         try:
-            probe = os.dup(fd)
+            for _ in range(count):
+                probes.append(os.dup(fd))
         except OSError:
             return False
-        os.close(probe)
-        return probe < self.watermark
+        finally:
+            for probe in probes:
+                os.close(probe)
+        return probes[-1] < self.watermark  # the lowest free numbers come first

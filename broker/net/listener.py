@@ -20,6 +20,7 @@ from broker.config.listeners import (
 from broker.net import binding, tls
 from broker.net.acceptor import Acceptor
 from broker.net.admission import Admission
+from broker.net.connection import Arrivals
 from broker.net.errors import ListenError
 from broker.net.server import Server
 from broker.net.shared import Shared
@@ -180,7 +181,7 @@ class Listener(Admission):
         config = self.config
         rate = float(getattr(config, "accept_rate", None) or 0)
         if isinstance(config, TcpListener) and not rate and _is_uvloop(self.loop):
-            return Server(self.loop, sock, self.name, self._plain_connection, self.shared.descriptors)
+            return Server(self.loop, sock, self.name, Arrivals(self), self.shared.descriptors)
         take = self._take_plain
         if isinstance(config, UnixListener):
             take = self._take_unix

@@ -166,6 +166,7 @@ class Listeners:
         if self._timer is not None:
             self._timer.cancel()
         shared = self._shared
+        await asyncio.sleep(0)  # what uvloop accepted in the last turn is counted then
         for transport in tuple(shared.strangers):
             transport.abort()
         for task in tuple(shared.tasks):

@@ -18,9 +18,9 @@ QUIET = 5.0
 
 
 class Shortage:
-    """Calls `resume` once a further connection leaves the reserve alone. `fd` is any descriptor that stays open."""
+    """Calls `resume` once `needed` more descriptors leave the reserve alone. `fd` is any that stays open."""
 
-    __slots__ = ("_descriptors", "_fd", "_loop", "_name", "_pause", "_resume", "_resumed", "_timer")
+    __slots__ = ("_descriptors", "_fd", "_loop", "_name", "_needed", "_pause", "_resume", "_resumed", "_timer")
 
     def __init__(
         self,
@@ -29,12 +29,14 @@ class Shortage:
         name: str,
         fd: int,
         resume: Callable[[], None],
+        needed: int = 1,
     ) -> None:
         self._loop = loop
         self._descriptors = descriptors
         self._name = name
         self._fd = fd
         self._resume = resume
+        self._needed = needed
         self._pause = 0.0
         self._resumed = -QUIET
         self._timer: asyncio.TimerHandle | None = None
@@ -66,7 +68,7 @@ class Shortage:
 
     def _look(self) -> None:
         self._timer = None
-        if self._descriptors.available(self._fd):
+        if self._descriptors.available(self._fd, self._needed):
             self._resumed = self._loop.time()
             self._resume()
         else:

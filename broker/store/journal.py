@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from broker.extend.store import StoreError, StoreOwner
+from broker.extend.store import BackupFailed, StoreError, StoreOwner
+from broker.store import backup
+from broker.store.backup import Copied, Extent
 from broker.store.disk import DiskWatch, Space
 from broker.store.mailbox import Mailbox
 from broker.store.reader import Reader
@@ -56,6 +60,9 @@ class FileStore:
         self._probing = False
         self._writer: Writer | None = None
         self._reader: Reader | None = None
+        self._holding: asyncio.Future[Extent] | None = None
+        """A backup is being made; done once nothing is deleted any more."""
+        self._stopping = threading.Event()
         self._closed = False
 
     def start(self, salt: int, sizes: dict[int, int]) -> None:
@@ -115,6 +122,7 @@ class FileStore:
         if self._closed:
             return
         self._closed = True
+        self._stopping.set()
         if self._timer is not None:
             self._timer.cancel()
         deadline = time.monotonic() + CLOSING
@@ -123,6 +131,40 @@ class FileStore:
         if not done:
             log.error("%s: the disk did not answer within %.0f s; the end was not waited for", self._folder, CLOSING)
         self._mailbox.deliver()
+
+    # what others call -----------------------------------------------------------------------------------------
+
+    async def backup(self, target: Path) -> Copied:
+        """Copy the store into the data folder `target`, which must not exist or be empty. Whatever was acknowledged
+        before is in the copy; writing goes on. Raises BackupFailed."""
+        if self._holding is not None:
+            raise BackupFailed("another backup is being made")
+        if self._closed or self._writer is None:
+            raise BackupFailed("the store is not open")
+        self._holding = self._loop.create_future()
+        ended: asyncio.Future[Copied] = self._loop.create_future()
+        self._writer.hold()
+        try:
+            extent = await self._holding
+            # a thread of its own, whose end nobody waits for: the other disk may hang
+            threading.Thread(target=self._copy, args=(target, extent, ended), name="store-backup", daemon=True).start()
+            return await ended
+        finally:
+            self._holding = None
+            self._writer.let_go()
+
+    def _copy(self, target: Path, extent: Extent, ended: asyncio.Future[Copied]) -> None:
+        """In the thread."""
+        try:
+            backup.prepare(self._folder, target)
+            copied = backup.copy(self._folder, target, extent, self._stopping.is_set)
+        except OSError as error:
+            text = f"{error.filename or target}: {error.strerror or error}"
+            self._mailbox.post(_end, ended, ended.set_exception, BackupFailed(text))
+        except Exception as error:
+            self._mailbox.post(_end, ended, ended.set_exception, error)
+        else:
+            self._mailbox.post(_end, ended, ended.set_result, copied)
 
     # what the threads report ----------------------------------------------------------------------------------
 
@@ -151,6 +193,11 @@ class FileStore:
     def on_kept(self, segment: int) -> None:
         """A segment was not deleted."""
         self._sizes[segment] = self._dropping.pop(segment)
+
+    def on_held(self, extent: Extent) -> None:
+        """Nothing is deleted any more."""
+        if self._holding is not None and not self._holding.done():
+            self._holding.set_result(extent)
 
     def _on_unreadable(self, segment: int) -> None:
         self._unreadable = min(segment, self._unreadable or segment)
@@ -181,3 +228,8 @@ class FileStore:
             self.refusing = "full" if self._error.full else "failed"
         else:
             self.refusing = "full" if self._watch.space is Space.SHORT else ""
+
+
+def _end(future: asyncio.Future[Any], how: Callable[[Any], None], result: Any) -> None:
+    if not future.done():
+        how(result)

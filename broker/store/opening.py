@@ -19,7 +19,7 @@ from broker.store.writer import Durability
 
 log = logging.getLogger(__name__)
 
-SEGMENT_BYTES = 64 << 20
+SEGMENT_BYTES = 16 << 20
 """A segment that has reached this size is followed by the next one."""
 
 Found = tuple[int, int, bytes, int, int]
@@ -171,6 +171,8 @@ def _mend(found: Survey, scans: list[tuple[Segment, Scan]]) -> dict[int, int]:
 
 def _mend_segment(segment: Segment, header: SegmentHeader, holes: list[Hole], cut: int | None, seed: int) -> None:
     """Cover holes with void frames, write the header again where it is damaged, cut off a torn end."""
+    if segment.path.stat().st_nlink > 1:  # a backup has it too, and keeps what was there
+        segments.write_file(segment.path, segment.read())
     fd = os.open(segment.path, os.O_RDWR | os.O_CLOEXEC)
     try:
         for hole in holes:

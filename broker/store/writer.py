@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 
 from broker.extend.store import StoreError
 from broker.store import segments
+from broker.store.backup import Extent
 from broker.store.frames import HEADER, SEGMENT, VERSION, SegmentHeader, pack_header, seed_of
 from broker.store.mailbox import Mailbox
 
@@ -53,6 +54,9 @@ class WriterOwner(Protocol):
 
     def on_probed(self, space: bool) -> None:
         """The end of `probe`."""
+
+    def on_held(self, extent: Extent) -> None:
+        """The end of `hold`."""
 
 
 class Writer:
@@ -94,6 +98,8 @@ class Writer:
         """The segment ends with a part of a failed commit that could not be cut off."""
         self._ending = False
         """The next segment may exist already and say how long this one is: nothing more goes in here."""
+        self._held: list[tuple[int, bool]] | None = None
+        """Drops that wait for `let_go`, and whether a commit had failed meanwhile; None while nobody holds."""
         self._failures = 0
         self._failures_known = 0
         self._jobs: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]] | None] = SimpleQueue()
@@ -107,6 +113,14 @@ class Writer:
     def drop(self, segment: int) -> None:
         """Delete the oldest segment, unless a commit fails that its caller does not know of yet."""
         self._jobs.put((self._drop, (segment, self._failures_known)))
+
+    def hold(self) -> None:
+        """Delete no segment until `let_go`; ends in `on_held` with what the commits handed over so far have made."""
+        self._jobs.put((self._hold, ()))
+
+    def let_go(self) -> None:
+        """Delete what waited."""
+        self._jobs.put((self._let_go, ()))
 
     def probe(self) -> None:
         """Find out whether there is space again; ends in `on_probed`."""
@@ -268,9 +282,25 @@ class Writer:
         if self._uncut:
             self._roll()
 
+    def _hold(self) -> None:
+        self._held = []
+        self._mailbox.post(self._owner.on_held, Extent(self._oldest, self._number, self._size, self._salt))
+
+    def _let_go(self) -> None:
+        held, self._held = self._held or [], None
+        for segment, failed in held:
+            self._delete(segment, failed)
+
     def _drop(self, segment: int, failures_known: int) -> None:
+        failed = failures_known != self._failures
+        if self._held is None:
+            self._delete(segment, failed)
+        else:
+            self._held.append((segment, failed))
+
+    def _delete(self, segment: int, failed: bool) -> None:
         why = ""
-        if failures_known != self._failures or (self._trouble is not None and not self._trouble.full):
+        if failed or (self._trouble is not None and not self._trouble.full):
             why = "a commit failed meanwhile"
         elif segment != self._oldest or segment >= self._number:
             why = f"the oldest is {self._oldest}, {self._number} is written"

@@ -13,10 +13,12 @@
  *   eio write 1 store/        only calls whose path below the folder contains `store/` match and count
  *   short write 1             half of the bytes are written and counted (none of a single one)
  *   late write 1              everything is written to the cache, then EIO: nobody knows what is on disk
+ *   stall write 1! 30         it waits so many seconds first, or until the control file says otherwise, and then does it
  *   free 1048576              statvfs of anything below the folder reports so many bytes free
  * Errors: eio enospc erofs edquot emfile eacces. Calls: open (for writing), write (with pwrite, writev, sendfile, …), ftruncate
  * (with fallocate), rename, unlink (with rmdir), link, mkdir, fsync, fdatasync. Counting starts anew when the file
- * changes. An injected failure does nothing to the disk, and is itself an event of the log.
+ * changes. An injected failure does nothing to the disk, and is itself an event of the log. A stall names its seconds where others
+ * name a part of the path, which may follow; it is an event when it begins.
  *
  * Log: records of `struct record`, then path, second path and data. What needs no disk is one record, written after the
  * call and under a lock that orders all records. What syncs is two, so that a cut can fall in between: SYNC_WRITE or SYNC before the
@@ -71,6 +73,7 @@ struct fault {
     char action[8], call[16], part[64];
     uint64_t number;
     int always, error;
+    double seconds;
 };
 
 static char root[PATH_MAX];
@@ -238,7 +241,7 @@ static uint64_t note_file(enum kind kind, int fd, int64_t offset, int64_t result
 static int number_of_error(const char *name) {
     static const struct { const char *name; int number; } known[] = {
         {"eio", EIO}, {"late", EIO}, {"enospc", ENOSPC}, {"erofs", EROFS}, {"edquot", EDQUOT}, {"emfile", EMFILE},
-        {"eacces", EACCES}, {"short", 0},
+        {"eacces", EACCES}, {"short", 0}, {"stall", 0},
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (!strcmp(name, known[i].name)) return known[i].number;
@@ -255,6 +258,10 @@ static void parse_faults(char *text) {
         char number[24] = "";
         line[strcspn(line, "#")] = 0;
         int words = sscanf(line, "%7s %15s %23s %63s", f.action, f.call, number, f.part);
+        if (words >= 3 && !strcmp(f.action, "stall")) {
+            f.part[0] = 0;
+            words = sscanf(line, "%*s %*s %*s %lf %63s", &f.seconds, f.part) + 3;
+        }
         if (words == 2 && !strcmp(f.action, "free")) free_bytes = strtoull(f.call, NULL, 10);
         if (words < 3) continue;
         f.number = strtoull(number, NULL, 10);
@@ -290,6 +297,20 @@ static void read_faults(void) {
     parse_faults(text);
 }
 
+/* Under the lock, which others get meanwhile: the disk does not answer. */
+static void stall(const char *call, const char *path, double seconds) {
+    struct record r = {.kind = FAULT};
+    int64_t version[3];
+    memcpy(version, faults_version, sizeof version);
+    note(r, path, call, NULL, 0, 0);
+    for (double waited = 0; waited < seconds && !memcmp(version, faults_version, sizeof version); waited += 0.01) {
+        leave();
+        nanosleep(&(struct timespec){0, 10000000}, NULL);
+        enter();
+        read_faults();
+    }
+}
+
 /* Under the lock: the fault that this call meets, or NULL. */
 static const struct fault *fault_for(const char *call, const char *path) {
     const struct fault *found = NULL;
@@ -299,6 +320,10 @@ static const struct fault *fault_for(const char *call, const char *path) {
         if (strcmp(f->call, call) || (f->part[0] && !strstr(path, f->part))) continue;
         uint64_t n = ++shared->counts[i];
         if (!found && (f->always ? n >= f->number : n == f->number)) found = f;
+    }
+    if (found && found->seconds > 0) {
+        stall(call, path, found->seconds);
+        return NULL;
     }
     if (found) {
         struct record r = {.kind = FAULT, .result = -found->error};

@@ -490,6 +490,43 @@ async def test_rules_of_the_user_and_of_files_in_chain_order(login: Any) -> None
     assert log.gate.may_publish(who, "shared/y") == 0, "a listener's own list is about rules too"
 
 
+async def test_clients_with_nothing_of_their_own_share_what_they_are_given(login: Any) -> None:
+    log = await login(instance("files", WithRules(ALLOW, [allow("shared/#")])), allow_anonymous=True)
+    first, second = [(await log("u", b"p", clientid)).principal for clientid in ("c1", "c2")]
+    assert first.standing is second.standing
+    assert (await log("u", b"p", "c3", auth=("files",))).principal.standing is not first.standing
+    nobody = (await log(None, None, "c4")).principal
+    assert nobody.standing is not first.standing
+    assert (first.backend, nobody.backend) == ("files", None)
+    proved = (await log("u", b"p", "c5", cert_common_name="sensor")).principal
+    assert proved.value("cert_common_name") == "sensor"
+    assert first.value("cert_common_name") is None
+
+
+async def test_z14_new_rights_of_one_client_are_not_its_neighbours(login: Any) -> None:
+    log = await login(instance("one", Fake(ALLOW)))
+    first, second = [(await log("u", b"p", clientid)).principal for clientid in ("c1", "c2")]
+    assert first.standing is second.standing
+    assert log.gate.apply(first, Grant(superuser=True, rules=(allow("own/#"),), attributes={"Site": "n"}))
+    assert (first.superuser, first.value("attr.site")) == (True, "n")
+    assert (second.superuser, second.value("attr.site"), second.own_rules) == (False, None, ())
+    assert log.gate.may_publish(second, "own/x") == 0
+    assert first.backend == second.backend == "one"
+
+
+async def test_z14_a_listener_that_names_fewer_backends_has_fewer_rules(login: Any) -> None:
+    log = await login(
+        instance("one", WithRules(ALLOW, [allow("a/#")])), instance("two", WithRules(IGNORE, [allow("b/#")]))
+    )
+    everywhere = (await log("u", b"p", "c1")).principal
+    narrow = (await log("u", b"p", "c2", auth=("one",))).principal
+    for _ in range(2):  # the second time from what is remembered
+        assert [log.gate.may_publish(everywhere, t) for t in ("a/x", "b/x")] == [1, 1]
+        assert [log.gate.may_publish(narrow, t) for t in ("a/x", "b/x")] == [1, 0]
+        everywhere.forget()
+        narrow.forget()
+
+
 async def test_no_match_and_superusers(login: Any) -> None:
     log = await login(instance("one", WithRules(ALLOW, [Rule(False, "all", Template("no/#"))])), no_match="allow")
     who = (await log()).principal

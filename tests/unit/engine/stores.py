@@ -316,11 +316,13 @@ def recount(engine: Engine, store: MemoryStore) -> dict[int, int]:
             assert snapshots.get(spool.number) == spool.segment, "the last snapshot is elsewhere"
             alive[spool.segment] += 1
     for message in engine.retained_store.all():
-        if message.kept is not None and message.kept.state == STORED:
-            record = store.disk.find(message.kept.position)
-            assert record is not None, f"nothing at the place of the retained message of {message.topic!r}"
-            assert records.put_topic(record[records.HEADER :])[0] == message.topic
-            alive[message.kept.position >> 32] += 1
+        while message is not None and message.kept is not None:  # and the one on disk whose place it is about to take
+            if message.kept.state == STORED:
+                record = store.disk.find(message.kept.position)
+                assert record is not None, f"nothing at the place of the retained message of {message.topic!r}"
+                assert records.put_topic(record[records.HEADER :])[0] == message.topic
+                alive[message.kept.position >> 32] += 1
+            message = message.kept.replaces
     for key in journal.values:
         if key in journal._value_segments:
             assert values[key] == journal._value_segments[key]

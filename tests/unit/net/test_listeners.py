@@ -409,6 +409,24 @@ async def test_r01_accepting_pauses_when_descriptors_run_out_and_goes_on_within_
     await until(lambda: listener.connections == 0)
 
 
+async def test_r01_what_a_listener_gives_back_itself_is_no_reason_to_accept_again(
+    listeners: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    listener = await listeners.open("crowd", config("tcp"))
+    with contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(socket.socket()) for _ in range(60)]
+        stack.enter_context(descriptors_left(60))
+        for peer in peers:
+            peer.connect(("127.0.0.1", listener.port))
+        await until(lambda: "accepts nobody" in caplog.text)
+        await asyncio.sleep(0.02)
+        accepted = listener.accepted
+        await asyncio.sleep(0.5)  # time for three looks
+        assert listener.accepted == accepted
+        os.close(os.dup(2))  # the reserve is still there
+    await until(lambda: listener.connections == 0)
+
+
 def test_the_reserve_grows_with_the_limit_within_bounds() -> None:
     descriptors = Descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
