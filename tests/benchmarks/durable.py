@@ -1,0 +1,186 @@
+"""What safety costs: QoS 1 into durable queues, each acknowledgement after the flush, and what comes back after a kill.
+
+    python -m tests.benchmarks.durable [--quick] [--seconds S] [--json FILE]
+
+Rows: subscribers online with persistent sessions; offline, everything queues; both at once; QoS 2 with persistent
+sessions; 20 000 messages a second to online subscribers for a minute (bytes written beside bytes published); a broker
+killed with what the offline row left: time to `ready`, memory, and whether every acknowledged message is still there.
+Exit 1 when a row misses its target or a message is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from broker.mqtt import packets
+from tests.benchmarks.bench import Figures, build_generator, load
+from tests.broker import Broker
+
+RATE = 100_000
+"""Messages a second that must be acknowledged after their flush."""
+P99 = 25_000
+"""Microseconds from PUBLISH to its acknowledgement, in 99 of 100 cases."""
+GROWTH = 0.1
+"""Bytes written for each byte published when everybody acknowledges at once."""
+CONFIGURATION = """
+    [access]
+    allow_anonymous = true
+    no_match = "allow"
+    [limits]
+    max_inflight = 1000
+    max_queued_messages = 100_000_000
+    [listeners.tcp]
+    bind = "127.0.0.1:0"
+    """
+TWENTY = ("--pubs", "20", "--subs", "20", "--topics", "20")
+
+
+def start(where: Path) -> Broker:
+    """A broker of its own."""
+    running = Broker(where, options=["--log-level", "info"])
+    running.write("00-broker.toml", CONFIGURATION)
+    running.start()
+    return running
+
+
+def stored(running: Broker) -> int:
+    """Bytes of the journal."""
+    return sum(path.stat().st_size for path in (running.data / "store").glob("*.log"))
+
+
+def resident(running: Broker) -> int:
+    """Bytes of the broker process in memory."""
+    text = Path(f"/proc/{running.pid}/statm").read_text()
+    return int(text.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def flow(generator: Path, where: Path, seconds: float, *options: str) -> tuple[Figures, Broker]:
+    """One load on a fresh broker, which is left running."""
+    running = start(where)
+    figures = load(generator, "flow", running.port, running.pids(), [*TWENTY, "--seconds", str(seconds), *options])
+    return figures, running
+
+
+def collect(port: int, number: int, quiet: float = 3.0) -> int:
+    """Attach as the subscriber the generator left behind, acknowledge all that comes; how many messages."""
+    count = 0
+    connect = packets.Connect(version=4, clean_start=False, keep_alive=0, client_id=f"load-s-{number}")
+    with socket.create_connection(("127.0.0.1", port), timeout=quiet) as link:
+        link.sendall(packets.encode_connect(connect))
+        rest = b""
+        while True:
+            try:
+                data = link.recv(1 << 18)
+            except TimeoutError:
+                return count
+            if not data:
+                return count
+            rest += data
+            at = 0
+            answers = []
+            while at + 2 <= len(rest):
+                size, start_of_body = rest[at + 1], at + 2
+                if size > 127:
+                    if at + 3 > len(rest):
+                        break
+                    size, start_of_body = size & 127 | rest[at + 2] << 7, at + 3
+                if start_of_body + size > len(rest):
+                    break
+                if rest[at] >> 4 == 3:
+                    topic = rest[start_of_body] << 8 | rest[start_of_body + 1]
+                    answers.append(b"\x40\x02" + rest[start_of_body + 2 + topic : start_of_body + 4 + topic])
+                at = start_of_body + size
+            rest = rest[at:]
+            count += len(answers)
+            if answers:
+                link.sendall(b"".join(answers))
+
+
+def killed(running: Broker, acknowledged: int) -> tuple[str, bool]:
+    """kill -9, start again, read everything back."""
+    os.kill(running.pid, signal.SIGKILL)
+    running.process.popen.wait(10)
+    began = time.monotonic()
+    running.start()
+    ready = time.monotonic() - began
+    memory = resident(running)
+    began = time.monotonic()
+    back = sum(collect(running.port, number) for number in range(20))
+    took = time.monotonic() - began - 20 * 3.0
+    text = (
+        f"{acknowledged:,} acknowledged, {back:,} came back; ready after {ready:.1f} s with {memory >> 20} MB, "
+        f"read back at {back / max(took, 0.1):,.0f}/s by one client after the other"
+    )
+    return text, back >= acknowledged
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a second each: only shows the size")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args(arguments)
+    seconds = 1.0 if chosen.quick else chosen.seconds
+    results: list[tuple[str, str, bool]] = []
+    found: dict[str, Figures] = {}
+    with tempfile.TemporaryDirectory(prefix="isthmus-durable-") as folder:
+        where = Path(folder)
+        generator, _ = build_generator(where)
+
+        def row(name: str, text: str, *options: str, keep: bool = False) -> Broker | None:
+            figures, running = flow(generator, where / name, seconds, *options)
+            found[name] = figures
+            good = figures["sent_per_s"] >= RATE and figures["p99_us"] <= P99
+            results.append((
+                text,
+                f"{figures['sent_per_s']:,.0f}/s, PUBACK p50 {figures['p50_us'] / 1000:.1f} ms, "
+                f"p99 {figures['p99_us'] / 1000:.1f} ms, {figures['broker_cpu']:.2f} cores",
+                good,
+            ))  # fmt: skip
+            if keep:
+                return running
+            running.stop()
+            return None
+
+        row("online", "QoS 1, online, persistent sessions", "--qos", "1", "--persistent", "--acks")
+        queue = row("offline", "QoS 1, offline, all of it queues", "--qos", "1", "--offline", "--acks", keep=True)
+        assert queue is not None
+        text, good = killed(queue, int(found["offline"]["acked"]))
+        results.append(("kill -9 with that queue", text, good))
+        queue.stop()
+        figures, running = flow(generator, where / "qos2", seconds, "--qos", "2", "--persistent", "--window", "3000")
+        found["qos2"] = figures
+        results.append(("QoS 2, online, persistent sessions", f"{figures['sent_per_s']:,.0f}/s", True))
+        running.stop()
+        running = start(where / "growth")
+        before = stored(running)
+        options = ["--pubs", "10", "--subs", "10", "--topics", "10", "--rate", "20000", "--qos", "1", "--persistent"]
+        length = "5" if chosen.quick else "60"
+        figures = load(generator, "rate", running.port, running.pids(), [*options, "--warm", "0", "--seconds", length])
+        found["growth"] = figures
+        payload = figures["acked"] * 64
+        written = stored(running) - before
+        results.append((
+            "bytes written while everybody acknowledges at once",
+            f"{written:,} for {payload:,.0f} published ({written / payload:.2%})",
+            written <= GROWTH * payload,
+        ))  # fmt: skip
+        running.stop()
+    for name, text, good in results:
+        print(f"{'ok    ' if good else 'MISSED'}  {name}: {text}")
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(found, indent=1))
+    return 0 if all(good for _, _, good in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
