@@ -9,6 +9,8 @@ import os
 import resource
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from broker.net.acceptor import Acceptor
 from broker.net.descriptors import Descriptors
 from broker.net.errors import ListenError
 from broker.net.refusal import protocol_level
+from tests.broker import ROOT
 from tests.unit.net.fakes import CONNECT, Authority, Engine, config, until
 
 
@@ -436,6 +439,16 @@ def test_the_reserve_grows_with_the_limit_within_bounds() -> None:
             assert descriptors.watermark == limit - reserve
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="about Linux's table")
+@pytest.mark.parametrize("limit", [4096, 300])
+def test_the_table_of_descriptors_grows_before_there_are_threads(limit: int) -> None:
+    code = "from broker.net.descriptors import make_room; make_room(); print(open('/proc/self/status').read())"
+    shell = ["/bin/sh", "-c", 'ulimit -n "$1"; shift; exec "$@"', "sh", str(limit)]
+    done = subprocess.run([*shell, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    (size,) = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("FDSize:")]
+    assert size >= limit
 
 
 async def test_r03_the_rate_of_accepting_is_limited(engine: Engine) -> None:
