@@ -20,6 +20,7 @@ from broker.engine.outbox import Outbox
 from broker.engine.receiver import DONE, LATER, Hold
 from broker.engine.router import Entry, Route, Router
 from broker.engine.session import ACK_LATER, ACK_OK, ACK_UNKNOWN, ACK_WRONG, Session
+from broker.engine.spool import GONE
 from broker.mqtt import packets
 from broker.mqtt.codes import connack_v3
 from broker.mqtt.errors import ProtocolError
@@ -641,7 +642,17 @@ class Channel(Outbox):
             self._acknowledge(0x50, ident, 0)
             return
         hold = Hold(self)
-        journal.wait(hold)
+        pending = spool.marking.get(ident) if spool.marking is not None else None
+        if pending is None:
+            journal.wait(hold)
+        elif pending.state == GONE:
+            self._acknowledge(0x50, ident, 0)
+            return
+        elif pending.hold is not None and pending.hold.owner is self:
+            hold = pending.hold
+        else:  # it may yet fail: who asks now is told, the connection it came from has ended
+            pending.hold = hold
+            hold.count += 1
         self._hold(0x50, ident, hold)
 
     # acknowledgements -----------------------------------------------------------------------------------------

@@ -37,8 +37,7 @@ class Compaction:
         if journal.due or journal.loads:  # whoever reads does so by the old positions
             return
         if self._copied:
-            journal.live.pop(self._segment, None)
-            journal.store.drop(self._segment)
+            journal.live.pop(self._segment, None)  # it goes below, behind an older one whose going failed
             self._segment = 0
             self._copied = False
         if self._segment:

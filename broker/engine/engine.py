@@ -241,7 +241,7 @@ class Engine:
         if journal is not None and session.persistent:
             self._survive(session, journal, anew)
             anew = anew or (present and session.spool is not None and session.spool.segment == 0)
-        if anew and journal is not None:
+        if journal is not None and (anew or (not present and client_id in journal.ending)):
             self._claims[client_id] = channel
             journal.after(lambda written: self._welcome_later(channel, session, connack, written))
             return
@@ -350,11 +350,8 @@ class Engine:
         journal = self.core.journal
         # while nothing can be stored once more, what is on disk stays where it is
         stays = session.spool is not None and session.persistent and journal.refusing
-        for entry in () if stays else session.take_shared():
-            entry[5].again(entry[0], entry[4])
-            if entry[7] is not None:
-                journal.hurry(entry[0])
-                session.moved(entry)
+        if not stays:
+            self._pass_on(session, session.take_shared())
         if session.will is not None:
             delay = min(session.will_delay, session.expiry) if session.persistent else 0.0
             if delay > 0:
@@ -368,6 +365,14 @@ class Engine:
             self._note_life(session, False)
         if self.on_disconnected is not None:
             self.on_disconnected(channel)
+
+    def _pass_on(self, session: Session, entries: list[Any]) -> None:
+        """Other members of a group get what this one has not acknowledged."""
+        for entry in entries:
+            entry[5].again(entry[0], entry[4])
+            if entry[7] is not None:
+                self.core.journal.hurry(entry[0])
+                session.moved(entry)
 
     def _note_life(self, session: Session, connected: bool) -> None:
         """The journal learns what has become of the session's connection, expiry and will."""
@@ -483,10 +488,11 @@ class Engine:
         spool.forget_all()
         inflight = session.inflight
         if inflight is not None:
-            for ident, _, _, _, _ in inflight.entries():
-                pending = inflight.stored_of(ident)
+            # all numbers before the first is done: they are counted from the floor, which moves then
+            kept = [(session._seq_of(entry[0]), inflight.stored_of(entry[0])) for entry in inflight.entries()]
+            for seq, pending in kept:
                 if pending is not None:
-                    spool.finish(session._seq_of(ident), pending, None)
+                    spool.finish(seq, pending, None)
         session.spool = None
         session.stored = False
         self.core.journal.end(spool)
@@ -745,21 +751,28 @@ class Engine:
         """Handle UNSUBSCRIBE: one code per filter. What is in flight finishes, what only queues is dropped."""
         codes = []
         changed = False
+        stays: list[bytes] = []
         for filter in filters:
             found = self._find(session, filter)
             if found is None or session.subscriptions is None:
                 codes.append(0x11)
                 continue
             session.subscriptions.remove(found)
+            group = found.group
             self._drop_subscription(found)
             if session.spool is not None:
                 self.core.journal.note(records.encode_session(records.UNSUBSCRIBED, session.spool.number, filter))
             codes.append(0)
             changed = True
+            if isinstance(group, ShareGroup) and group.members:
+                if session.spool is not None and self.core.journal.refusing:  # where it is it is safe
+                    stays.append(found.filter)
+                else:
+                    self._pass_on(session, session.take_queued(group))
         if not session.subscriptions:
             session.subscriptions = None
         if changed:
-            kept = [s.filter for s in session.subscriptions or ()]
+            kept = stays + [s.filter for s in session.subscriptions or ()]
             session.purge(lambda topic: any(topics.matches(f, topic) for f in kept), "unsubscribed")
         return codes
 

@@ -26,6 +26,7 @@ cdef class Journal:
     cdef public list _dirty
     cdef public list _notes
     cdef public list _ends
+    cdef public dict ending
     cdef public list _copies
     cdef public dict _freed
     cdef public object _next

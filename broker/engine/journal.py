@@ -45,7 +45,7 @@ class Commit:
         self.holds: list[Any] = []
         self.notes: list[bytes] = []
         """Records that are not messages: written again after the disk was full."""
-        self.ends: list[bytes] = []
+        self.ends: list[tuple[str, bytes]] = []
 
 
 class Journal:
@@ -86,8 +86,10 @@ class Journal:
         self._dirty: list[Spool] = []
         self._notes: list[Any] = []
         """Records to write first: bytes, or a Spool whose snapshot is due, or (key,) of a table entry."""
-        self._ends: list[bytes] = []
+        self._ends: list[tuple[str, bytes]] = []
         """Sessions that are over. Written last: what moved from them to others is stored before it is forgotten."""
+        self.ending: dict[str, int] = {}
+        """Client ids whose session is over, but not on disk yet."""
         self._copies: list[Any] = []
         self._freed: dict[Spool, list[int]] = {}
         self._next = Commit()
@@ -366,7 +368,9 @@ class Journal:
             self._less(spool.segment)
             spool.segment = 0
         self._freed.pop(spool, None)
-        self._ends.append(records.encode_session(records.END, spool.number))
+        client_id = spool.session.client_id
+        self.ending[client_id] = self.ending.get(client_id, 0) + 1
+        self._ends.append((client_id, records.encode_session(records.END, spool.number)))
         self._tick_soon()
 
     def put_value(self, key: bytes, value: bytes, callback: Callable[[bool], None] | None = None) -> None:
@@ -537,7 +541,7 @@ class Journal:
                 parts.append(commit.notes[-1])
         self._dirty = []
         commit.ends = self._ends
-        parts.extend(self._ends)
+        parts.extend([record for _, record in self._ends])
         self._ends = []
         if parts:
             frames.append((b"".join(parts), entries))
@@ -671,6 +675,10 @@ class Journal:
                     self._less(spool.segment)
                 spool.segment = bases[frame] >> 32
                 live[spool.segment] += 1
+        for client_id, _ in commit.ends:
+            left = self.ending.pop(client_id) - 1
+            if left:
+                self.ending[client_id] = left
         for key, frame in commit.values:
             before = self._value_segments.pop(key, 0)
             if before:

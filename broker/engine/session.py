@@ -75,9 +75,8 @@ class Session(Receiver):
         qos = message.qos if message.qos < target.qos else target.qos  # [MQTT-3.8.4-8]
         if qos == 0 and self.spec is not None and self.spec.upgrade_qos and target.qos > 0:
             qos = 1
-        if hold is not None and (qos == 0 or self.spool is None):
-            if self.spec is None or self.spec.ack != "delivered":
-                hold = None
+        if (qos == 0 or self.spool is None) and (self.spec is None or self.spec.ack != "delivered"):
+            hold = None
         return self.offer(message, qos, message.retain and target.rap, target.idents, hold, target.group)
 
     def offer(self, message: Message, qos: int, retain: bool, idents: Any, hold: Hold | None, group: Any) -> int:
@@ -442,6 +441,8 @@ class Session(Receiver):
             oldest = self._oldest_kept()
         if not self.queue:
             self.queue = None
+            if spool is not None and spool.sent < spool.next_seq:
+                spool.close_gap()
             if self.retained is not None:
                 self._send_retained(box)
         if self.blocked is not None and self.spec is not None and self.queue_bytes < self.spec.max_bytes:
@@ -750,6 +751,16 @@ class Session(Receiver):
             self.spool.tail = self._without_shared(self.spool.tail, taken)
         return taken
 
+    def take_queued(self, group: Any) -> list[Any]:
+        """Remove and return what queues in memory through a group that the session has left."""
+        taken: list[Any] = []
+        self.queue = _without(self.queue, group, taken)
+        if self.spool is not None:
+            self.spool.tail = _without(self.spool.tail, group, taken)
+        for entry in taken:
+            self.queue_bytes -= entry[0].size
+        return taken
+
     def _without_shared(self, queue: Any, taken: list[Any]) -> Any:
         if queue is None:
             return None
@@ -770,11 +781,16 @@ class Session(Receiver):
         if pending is None or spool is None:
             return
         copy = message.pending
-        if (pending.state == STORED or pending.state == WRITING) and copy is not pending and copy.state == OPEN:
+        in_flight = self.inflight is not None and self.inflight.stored_of((seq - 1) % 65535 + 1) is pending
+        if (pending.state == STORED or pending.state == WRITING) and copy is not None and copy.state == OPEN:
             if copy.moved is None:
                 copy.moved = []
-            copy.moved.append((spool, seq))
-        elif self.inflight is not None and self.inflight.stored_of((seq - 1) % 65535 + 1) is pending:
+            if in_flight:
+                copy.moved.append((spool, seq))
+                if self.inflight is not None:
+                    self.inflight.attach((seq - 1) % 65535 + 1, None)  # it moves once
+                return
+        if in_flight:
             spool.gave(seq)
         else:
             spool.finish(seq, pending, self.inflight)
@@ -824,6 +840,15 @@ def _purged(queue: Any, filter_topics: Any, given_up: list[Any]) -> Any:
     kept: Any = deque()
     for entry in queue:
         (kept if filter_topics(entry[0].topic) else given_up).append(entry)
+    return kept if kept else None
+
+
+def _without(queue: Any, group: Any, taken: list[Any]) -> Any:
+    if queue is None:
+        return None
+    kept: Any = deque()
+    for entry in queue:
+        (taken if entry[5] is group else kept).append(entry)
     return kept if kept else None
 
 

@@ -191,10 +191,12 @@ class Spool:
             self.advance(inflight)
 
     def gave(self, seq: int) -> None:
-        """Another session keeps what is in flight here: `Pending.moved`. Its client may have been faster."""
+        """Another session keeps what is in flight here (`Pending.moved`). A client that is back has it once more."""
         session = self.session
         inflight = session.inflight
-        if session.spool is not self or inflight is None or not self.floor <= seq < self.sent:
+        if session.spool is not self or session.outbox is not None or inflight is None:
+            return
+        if not self.floor <= seq < self.sent:
             return
         ident = (seq - 1) % 65535 + 1
         if inflight.state(ident) != SENT:
@@ -202,18 +204,20 @@ class Spool:
         pending = inflight.stored_of(ident)
         inflight.remove(ident)
         self.finish(seq, pending, inflight)
-        session.drain()
 
     def skip(self, seq: int) -> None:
         """A number that will not be sent, somewhere in what waits."""
+        if self.gone is None:
+            self.gone = set()
+        self.gone.add(seq)
+        self.close_gap()
+
+    def close_gap(self) -> None:
+        """Where nothing waits any more, what was taken out of the middle is behind us."""
         if not self.session.queue and not self.waiting:
             self.sent = self.next_seq
             self.gone = None
             self.advance(self.session.inflight)
-            return
-        if self.gone is None:
-            self.gone = set()
-        self.gone.add(seq)
 
     def finish_place(self, seq: int, position: int) -> None:
         """As `finish`, of a message that waited on disk."""
@@ -405,13 +409,15 @@ class Spool:
         """Give up everything that waits; `reason` counts it. The caller has a snapshot taken, or ends the session."""
         session = self.session
         count = 0
-        waiting = self.loading or []
-        while waiting:
-            for _, position, size, _ in waiting:
+        waiting = self.loading
+        while True:
+            for _, position, size, _ in waiting or ():
                 session.queue_bytes -= size
                 self.journal.free(position)
-            count += len(waiting)
-            waiting = self.backlog.take(4096) if self.backlog is not None else []
+                count += 1
+            waiting = self.backlog.take(4096) if self.backlog is not None else None
+            if not waiting:
+                break
         self.loading = None
         if self.backlog is not None:
             self.backlog.close()

@@ -213,7 +213,7 @@ class StoredBench(Bench):
         self.scratches: list[io.BytesIO] = []
         self._timers = 0
         recovered = disk or Disk()
-        clock_ms = recovered.clock_ms + int(down * 1000) + 1
+        clock_ms = recovered.clock_ms = recovered.clock_ms + int(down * 1000) + 1
         recovery = Recovery()
         for segment, offset, body in recovered.frames():
             recovery.read(segment, offset, body)
@@ -333,4 +333,5 @@ def recount(engine: Engine, store: MemoryStore) -> dict[int, int]:
 def check(bench: StoredBench) -> None:
     """The account of space is right, and what is accounted for is there."""
     counted = {segment: n for segment, n in bench.journal.live.items() if n}
-    assert counted == recount(bench.engine, bench.store)
+    found = recount(bench.engine, bench.store)
+    assert counted == found, f"counted {counted}, found {found}"

@@ -15,8 +15,9 @@ STEPS = 60
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, 20))
 def test_promises_are_kept_whatever_happens(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
-    """D-01, D-02, D-03, D-05, D-06, D-12, D-13, D-25, P-57, P-79: crashes, failing and torn commits, take-overs, expiries,
-    groups and instances in random order, with everything that is usually thousands so small that it happens at once."""
+    """D-01, D-02, D-03, D-05, D-06, D-12, D-13, D-25, P-57, P-79: crashes, failing and torn commits, take-overs,
+    expiries, groups and instances in random order; what is usually counted in thousands is so small that it happens at
+    once."""
     for seed in range(first, first + 20):
         run(monkeypatch, seed)
 
