@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import ipaddress
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from broker.access.rules import split_filter
+from broker.access.rules import split_filter, within
 from broker.config.template import Template
-from broker.extend.auth import Action, Client, Identity, Rule, note
+from broker.extend.auth import Action, Client, Rule, note
 from broker.runtime.logs import limited
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _ACTIONS: Mapping[str, Action] = {
     "publish": "publish", "subscribe": "subscribe", "all": "all", "pubsub": "all", "pub": "publish", "sub": "subscribe",
 }  # fmt: skip
 _KNOWN = frozenset(
-    {"permission", "action", "topic", "topics", "qos", "retain", "ipaddress", "ipaddr", "username", "clientid"}
+    {"permission", "action", "topic", "topics", "qos", "retain", "ipaddress", "ipaddr", "username", "clientid", "group"}
 )
 _left_out = limited(logger, "a stored rule was left out")
 
@@ -49,12 +49,12 @@ def truth(value: object) -> bool:
 
 def number_rule(topic: object, access: object, source: str) -> list[Rule]:
     """EMQ's form: a topic filter and 1 (subscribe), 2 (publish) or 3 (both)."""
-    return _kept(lambda: [_rule(True, _number(access), topic, source)], source)
+    return _kept(lambda: [one_rule(True, _number(access), topic, source)], source)
 
 
 def action_rules(topic: object, access: object, source: str) -> list[Rule]:
     """EMQX's form in Redis: a topic filter and ``publish``, ``subscribe``, ``all``, or EMQ's numbers."""
-    return _kept(lambda: [_rule(True, _action(access), topic, source)], source)
+    return _kept(lambda: [one_rule(True, _action(access), topic, source)], source)
 
 
 def topic_rules(topics: object, action: Action, source: str) -> list[Rule]:
@@ -65,14 +65,14 @@ def topic_rules(topics: object, action: Action, source: str) -> list[Rule]:
         topics = [topics]
 
     def rules(topic: object) -> list[Rule]:
-        return _kept(lambda: [_rule(True, action, topic, source)], source)
+        return _kept(lambda: [one_rule(True, action, topic, source)], source)
 
     return bounded(rule for topic in topics for rule in rules(topic))
 
 
 def record_rules(record: object, client: Client, source: str) -> list[Rule]:
     """EMQX 5's form: ``permission``, ``action``, ``topic`` or ``topics``, maybe ``qos``, ``retain``, ``ipaddress``,
-    ``username``, ``clientid``. Of a denial that cannot be understood everything is denied."""
+    ``username``, ``clientid``, ``group``. Of a denial that cannot be understood everything is denied."""
     if isinstance(record, Mapping) and not _concerns(record, client):
         return []
     return _kept(lambda: _record(record, source), source)
@@ -92,6 +92,35 @@ def claim_rules(claim: object, client: Client, source: str) -> list[Rule]:
         )
     records = claim if isinstance(claim, list) else [claim]
     return bounded(rule for record in records for rule in record_rules(record, client, source))
+
+
+def strict_rules(records: Iterable[Mapping[str, Any]], source: str) -> list[Rule]:
+    """Records as an operator writes them: rules for every client, with conditions on user, client and address. Raises
+    ValueError for anything that is not understood."""
+    found = []
+    for number, record in enumerate(records, 1):
+        try:
+            who = {name: record.get(name) for name in ("username", "clientid")}
+            user, client = (None if name in (None, "$all") else _text(name) for name in who.values())
+            address = record.get("ipaddress", record.get("ipaddr"))
+            if address == [] or record.get("topics", record.get("topic")) in (None, []):
+                raise BadRule("topics and ipaddress name at least one")
+            when = None if address is None else within(*_texts(address))
+            rules = _record(record, f"{source} {number}", strict=True)
+        except ValueError as error:
+            raise ValueError(f"{source} {number}: {error}") from None
+        found += [replace(rule, user=user, client=client, when=when) for rule in rules]
+    return found
+
+
+def groups_of(value: object) -> frozenset[str]:
+    """The groups in a list of texts, or in one text with commas between them; none in anything else."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+        return frozenset()
+    return frozenset(name.strip() for name in names) - {""}
 
 
 def bounded(rules: Iterable[Rule]) -> list[Rule]:
@@ -122,7 +151,7 @@ class _BadDenial(BadRule):
     """A rule that denies, and nobody knows what."""
 
 
-def _record(record: object, source: str) -> list[Rule]:
+def _record(record: object, source: str, *, strict: bool = False) -> list[Rule]:
     if not isinstance(record, Mapping):
         raise _BadDenial(f"{type(record).__name__} is no rule")  # it may have been meant as a denial
     permission = _text(record.get("permission"))
@@ -132,14 +161,15 @@ def _record(record: object, source: str) -> list[Rule]:
     try:
         action = _action(record.get("action", "all"))
         unknown = [str(name) for name in record if name not in _KNOWN and not str(name).startswith("_")]
-        if allow and unknown:
+        if unknown and (allow or strict):
             raise BadRule(f"{unknown[0]!r} is not known here, so nobody knows when the rule is to apply")
-        if allow and not (_any_qos(record.get("qos")) and _any_retain(record.get("retain"))):
-            raise BadRule("a permission for some QoS or retain only cannot be kept to")
+        qos, retain = _qos(record.get("qos")), _retain(record.get("retain"))
+        group = record.get("group")
+        group = None if group is None else _text(group)
         topics = record.get("topics", record.get("topic"))
         if not isinstance(topics, (list, tuple)):
             topics = [topics]
-        return [_rule(allow, action, topic, source) for topic in topics]
+        return [one_rule(allow, action, topic, source, group, qos, retain) for topic in topics]
     except ValueError as error:
         raise (BadRule if allow else _BadDenial)(str(error)) from None
 
@@ -162,28 +192,22 @@ def _concerns(record: Mapping[Any, Any], client: Client) -> bool:
         return deny
 
 
-@functools.lru_cache(maxsize=4_096)
-def within(text: str) -> Callable[[Identity], bool]:
-    """The condition "the address lies in this network"; the same function for the same text. ValueError."""
-    network = ipaddress.ip_network(text, strict=False)
-
-    def condition(who: Identity) -> bool:
-        try:
-            address = ipaddress.ip_address(who.peerhost.strip("[]").partition("%")[0])
-        except ValueError:
-            return False  # a Unix socket has no address
-        return (getattr(address, "ipv4_mapped", None) or address) in network
-
-    return condition
-
-
-def _rule(allow: bool, action: Action, topic: object, source: str) -> Rule:
+def one_rule(
+    allow: bool,
+    action: Action,
+    topic: object,
+    source: str,
+    group: str | None = None,
+    qos: frozenset[int] | None = None,
+    retain: bool | None = None,
+) -> Rule:
+    """A rule for a topic filter, or as text for what follows ``eq``. ValueError."""
     if type(topic) is int:
         raise BadRule("a number stands where a topic filter belongs")
     text = _text(topic)
     exact = text.startswith("eq ")
     filter = _filter(text.removeprefix("eq ").strip() if exact else text, exact)
-    return Rule(allow, action, filter, exact, source=source)
+    return Rule(allow, action, filter, exact, source=source, group=group, qos=qos, retain=retain)
 
 
 @functools.lru_cache(maxsize=16_384)
@@ -210,16 +234,29 @@ def _action(value: object) -> Action:
     return _ACTIONS[text]
 
 
-def _any_qos(value: object) -> bool:
-    """Whether a condition on the QoS lets all three through."""
+def _qos(value: object) -> frozenset[int] | None:
+    """A list of QoS, a number, or numbers in a text; None: every QoS."""
     if value is None or value == "all":
-        return True
-    values = value if isinstance(value, (list, tuple)) else str(value).split(",")
-    return {str(one).strip() for one in values} >= {"0", "1", "2"}
+        return None
+    values = value if isinstance(value, (list, tuple)) else _text(value).split(",")
+    levels = {_text(one).strip() for one in values}
+    if not levels or not levels <= {"0", "1", "2"}:
+        raise BadRule(f"qos is a list of 0, 1 and 2, not {str(value)[:40]!r}")
+    return None if len(levels) == 3 else frozenset(map(int, levels))
 
 
-def _any_retain(value: object) -> bool:
-    return value is None or value == "all"
+def _retain(value: object) -> bool | None:
+    """None: retained or not."""
+    if value is None or isinstance(value, bool):
+        return value
+    text = _text(value).lower()
+    if text not in ("0", "1", "true", "false", "all"):
+        raise BadRule(f"retain is true, false or all, not {text[:40]!r}")
+    return None if text == "all" else text in ("1", "true")
+
+
+def _texts(value: object) -> list[str]:
+    return [_text(one) for one in value] if isinstance(value, (list, tuple)) else [_text(value)]
 
 
 def _text(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import model_validator
 
-from auth._acl import TooManyRules, bounded, record_rules, truth
+from auth._acl import TooManyRules, bounded, groups_of, record_rules, truth
 from auth._stored import StoredConfig, password_of
 from broker.access.passwords import BadHash, Hash, Verifier
 from broker.config.template import MissingValue
@@ -44,7 +44,7 @@ _QUERIES = {
     ),
 }
 _OWN_COLUMNS = frozenset({"username", "password", "password_hash", "salt", "is_superuser"})
-_CONDITIONS = ("ipaddr", "ipaddress", "username", "clientid")
+_CONDITIONS = ("ipaddr", "ipaddress", "username", "clientid", "group")
 _GO_AUTH = {"1": "subscribe", "2": "publish", "3": "all", "4": "subscribe", "5": "subscribe", "6": "all", "7": "all"}
 
 
@@ -65,18 +65,19 @@ class SqlConfig(StoredConfig):
     password_hash, permission and action). Sets what the statements below are unless they are written."""
     authenticate: str | None = None
     """Statement that finds a user: the columns ``password`` or ``password_hash``, and maybe ``username`` (compared
-    letter by letter), ``salt``, ``is_superuser``; any other column is ``${attr.COLUMN}`` in topics. More than one row
-    is a refusal. Placeholders ``${username}``, ``${clientid}``, ``${peerhost}``, ``${cert_common_name}`` (EMQ's ``%u``,
-    ``%c``, ``%a``, ``%C``) are bound, never pasted. For mosquitto-go-auth's `userquery`: ``select username,
-    password_hash from account where username = ${username} limit 2``."""
+    letter by letter), ``salt``, ``is_superuser``, ``groups`` (an array, or names with commas between them: rules with
+    such a group apply); any other column is ``${attr.COLUMN}`` in topics. More than one row is a refusal. Placeholders
+    ``${username}``, ``${clientid}``, ``${peerhost}``, ``${cert_common_name}`` (EMQ's ``%u``, ``%c``, ``%a``, ``%C``)
+    are bound, never pasted. For mosquitto-go-auth's `userquery`: ``select username, password_hash from account where
+    username = ${username} limit 2``."""
     superuser: str = ""
     """Statement whose first column tells with 1 or true whether the user may do everything; empty: the column
     ``is_superuser`` does. EMQ's `super_query`, mosquitto-go-auth's `superquery`."""
     authorize: str | None = None
     """Statement that finds the rights, read at login and every `refresh`: ``topic`` (``eq TOPIC``: as text), ``allow``
     or ``permission``, ``access`` or ``action``, and conditions ``ipaddr``, ``username`` (``$all``: everybody),
-    ``clientid``, ``qos``, ``retain``. The first row that applies decides, so give it an order. Empty: there are no
-    rights here. For mosquitto-go-auth's `aclquery`: ``select topic, rw as access from acl where username =
+    ``clientid``, ``group``, ``qos``, ``retain``. The first row that applies decides, so give it an order. Empty: there
+    are no rights here. For mosquitto-go-auth's `aclquery`: ``select topic, rw as access from acl where username =
     ${username}`` and ``acc_style = "go-auth"``."""
     acc_style: Literal["emq", "go-auth"] = "emq"
     """What the numbers of ``access`` mean: emq (1 subscribe, 2 publish, 3 both) | go-auth (1 read and 4 subscribe,
@@ -236,11 +237,12 @@ class SqlAuth:
                 for name, value in found.items()
                 if name not in _OWN_COLUMNS and type(value) in (str, bytes, int) and value not in ("", b"")
             }
+            groups = groups_of(found.get("groups"))
             if superuser or "authorize" not in self._statements:
                 note("superuser" if superuser else "no statement for rights")
-                return Grant(superuser, attributes)
+                return Grant(superuser, attributes, groups=groups)
             answer = await self._fetch("authorize", client)
-            return Grant(False, attributes, self._rules(client, answer))
+            return Grant(False, attributes, self._rules(client, answer), groups=groups)
         except TooManyRules as error:
             return Refusal(f"user {_short(client.username)} {error}", authorized=False)
         except Refused as error:

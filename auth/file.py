@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 from pydantic import model_validator
 
 from broker.access.acl_file import read_rules
-from broker.access.password_file import read_passwords
+from broker.access.password_file import PasswordFile, read_passwords
 from broker.access.passwords import Hash, Verifier
 from broker.config.types import ConfigPath
-from broker.extend.auth import Answer, AuthConfig, Client, Grant, Rule, Verdict, note
+from broker.extend.auth import AccountError, Answer, AuthConfig, Client, Grant, Rule, Verdict, note
 from broker.extend.registry import Backend
 
 
@@ -33,6 +34,12 @@ class FileConfig(AuthConfig):
         if self.superusers and self.passwords is None:
             raise ValueError("superusers needs passwords")
         return self
+
+    def accounts(self) -> PasswordFile:
+        """What ``isthmus user`` edits."""
+        if self.passwords is None:
+            raise AccountError("it has no file of passwords")
+        return PasswordFile(self.passwords, self.superusers)
 
 
 class File:
@@ -62,6 +69,11 @@ class File:
         if self._config.passwords is not None and client.username not in self._users:
             return None
         return Grant(superuser=client.username in self._config.superusers)
+
+    async def reread(self) -> None:
+        """Take the users of the file as it is now. Raises ValueError and keeps what it has when it is not right."""
+        if self._config.passwords is not None:
+            self._users = await asyncio.to_thread(read_passwords, self._config.passwords)
 
     async def burn(self, password: bytes) -> None:
         """Takes as long as a wrong password takes, so that time does not tell which users exist."""

@@ -11,7 +11,7 @@ from urllib.parse import quote, quote_plus, urlsplit
 
 from pydantic import model_validator
 
-from auth._acl import TooManyRules, claim_rules, truth
+from auth._acl import TooManyRules, claim_rules, groups_of, truth
 from broker.config.template import MissingValue, Placeholder, Template
 from broker.config.types import Secret
 from broker.connectors.endpoint import Trust
@@ -49,9 +49,9 @@ class HttpConfig(Trust, AuthConfig):
     """Headers sent with each request, e.g. ``Authorization``; may hold the same placeholders."""
     answers: Literal["json", "status"] = "json"
     """How answers are read. json (EMQX 5): status 200 with ``{"result": "allow" | "deny" | "ignore"}``, maybe with
-    ``is_superuser``, ``acl``, ``expire_at`` and ``client_attrs``; status 204 allows, 401 and 403 deny. status (EMQ 2 to
-    4): 200 allows, but with the body ``ignore`` the next backend is asked; 400 to 499 deny. Anything else, a redirect
-    too, is a failure of the service."""
+    ``is_superuser``, ``acl``, ``groups``, ``expire_at`` and ``client_attrs``; status 204 allows, 401 and 403 deny.
+    status (EMQ 2 to 4): 200 allows, but with the body ``ignore`` the next backend is asked; 400 to 499 deny. Anything
+    else, a redirect too, is a failure of the service."""
     super_url: str = ""
     """With status: address that answers 200 for superusers, asked after a login; empty: there are none."""
     rules_url: str = ""
@@ -316,7 +316,8 @@ def _grant(document: Mapping[str, Any], client: Client, source: str) -> Grant:
     rules: list[Rule] = claim_rules(document.get("acl"), client, source)
     texts = {name: value for name, value in attributes.items() if isinstance(value, str)}
     until = None if expires_at is None else min(float(expires_at), 2.0**40)
-    return Grant(truth(document.get("is_superuser")), texts, tuple(rules), until)
+    groups = groups_of(document.get("groups"))
+    return Grant(truth(document.get("is_superuser")), texts, tuple(rules), until, groups=groups)
 
 
 BACKEND = Backend("auth.http", HttpConfig, open_http, extra="http")

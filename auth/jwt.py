@@ -16,7 +16,7 @@ from joserfc import jws
 from joserfc.errors import JoseError
 from pydantic import Field, model_validator
 
-from auth._acl import TooManyRules, claim_rules, truth
+from auth._acl import TooManyRules, claim_rules, groups_of, truth
 from auth._jwks import Keys, RemoteKeys, VerifyKey, read_jwks, read_pem, read_secret
 from broker.config.template import MissingValue, Template
 from broker.config.types import ConfigPath, Duration, Secret, Size
@@ -87,6 +87,8 @@ class JwtConfig(Trust, AuthConfig):
     ``action`` and ``topic``; empty: rights never come from tokens."""
     superuser_claim: str = "is_superuser"
     """Claim that lets its bearer do everything when it is true; empty: none does."""
+    groups_claim: str = ""
+    """Claim with the names of the groups its bearer is a member of, e.g. ``groups`` or ``roles``; empty: none has."""
     attributes: tuple[str, ...] = ()
     """Claims whose text rules may use as ``${attr.NAME}``."""
 
@@ -217,7 +219,8 @@ class Jwt:
         username = claims.get(config.username_claim) if config.username_claim else None
         if config.username_claim and not (isinstance(username, str) and username and "\0" not in username):
             raise Bad(f"its claim {config.username_claim} is no name")
-        return Grant(superuser, attributes, tuple(rules), expires_at, username)
+        groups = groups_of(claims.get(config.groups_claim)) if config.groups_claim else frozenset[str]()
+        return Grant(superuser, attributes, tuple(rules), expires_at, username, groups)
 
     def _check_times(self, claims: Mapping[str, Any]) -> float | None:
         """When the login ends. Every time that is named must be one."""

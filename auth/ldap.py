@@ -6,15 +6,15 @@ import re
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from auth._ldap_groups import PRIMARY_GROUP, TooManyGroups, find_groups
 from auth._ldap_limit import BindLimit
-from broker.access.rules import split_filter
+from auth._rights import Rights, in_order
 from broker.config.template import MissingValue, Template
 from broker.config.types import Duration
 from broker.connectors import ldap
-from broker.extend.auth import Action, Answer, Client, Grant, Refusal, Rule, Verdict, note
+from broker.extend.auth import Answer, Client, Grant, Refusal, Verdict, note
 from broker.extend.registry import Backend
 
 _PLACEHOLDERS = ("username", "clientid", "peerhost", "cert_common_name")
@@ -23,41 +23,19 @@ MAX_NAME = 256
 """Bytes of a user name that is looked up."""
 
 
-class LdapGroup(BaseModel):
+class LdapGroup(Rights):
     """`[auth.ldap.groups.NAME]`: what the members of a group may do. Denials count before permissions, then the order
-    of the tables."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, frozen=True)
+    of the tables. Rules elsewhere may name the table as their group."""
 
     dn: str = Field(min_length=1)
     """Distinguished name of the group."""
-    publish: tuple[str, ...] = ()
-    """Topic filters members may publish to; with ``${username}``, ``${clientid}``, ``${attr.NAME}``."""
-    subscribe: tuple[str, ...] = ()
-    """Topic filters members may subscribe to and receive from."""
-    deny_publish: tuple[str, ...] = ()
-    """Topic filters members may not publish to, whatever else they may."""
-    deny_subscribe: tuple[str, ...] = ()
-    """Topic filters members may not receive from, whatever else they may."""
     superuser: bool = False
     """Members may do everything."""
 
     @model_validator(mode="after")
-    def _check_filters(self) -> LdapGroup:
+    def _check_dn(self) -> LdapGroup:
         ldap.split_dn(self.dn)
-        for text in (*self.publish, *self.subscribe, *self.deny_publish, *self.deny_subscribe):
-            split_filter(Template.parse(text, percent=True))
         return self
-
-    def rules(self, name: str, allow: bool) -> list[Rule]:
-        """The permissions or the denials of this group."""
-        publish, subscribe = (self.publish, self.subscribe) if allow else (self.deny_publish, self.deny_subscribe)
-        kinds: tuple[tuple[Action, tuple[str, ...]], ...] = (("publish", publish), ("subscribe", subscribe))
-        return [
-            Rule(allow, action, Template.parse(text, percent=True), source=f"group {name}")
-            for action, texts in kinds
-            for text in texts
-        ]
 
 
 class LdapConfig(ldap.LdapServer):
@@ -151,14 +129,14 @@ class _Directory:
             note(f"groups: {', '.join(names) or 'none'}")
         if config.require_group and not set(names) & set(config.require_group):
             return Refusal(f"user {client.username!r} is in none of the groups of require_group", authorized=False)
-        groups = [(name, config.groups[name]) for name in names]
-        rules = [rule for allow in (False, True) for name, group in groups for rule in group.rules(name, allow)]
+        groups = [(f"group {name}", config.groups[name]) for name in names]
         attributes = {}
         for name in self._attributes:
             values = entry.texts(name)
             if len(values) == 1:  # of several values none is the right one
                 attributes[name.lower()] = values[0]
-        return Grant(any(group.superuser for _, group in groups), attributes, tuple(rules))
+        superuser = any(group.superuser for _, group in groups)
+        return Grant(superuser, attributes, tuple(in_order(groups)), groups=frozenset(names))
 
 
 class SearchBind(_Directory):

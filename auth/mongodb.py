@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from auth._acl import MAX_RULES, TooManyRules, bounded, record_rules, topic_rules, truth
+from auth._acl import MAX_RULES, TooManyRules, bounded, groups_of, record_rules, topic_rules, truth
 from auth._stored import StoredConfig, StoredPassword, password_of
 from broker.config.template import MissingValue, Template
 from broker.connectors import mongodb
@@ -35,6 +35,8 @@ class MongoConfig(mongodb.MongoServer, StoredConfig):
     """Field with the salt, for forms that keep it apart."""
     superuser_field: str = "is_superuser"
     """Field that is true for users who may do everything; empty: there are none."""
+    groups_field: str = ""
+    """Field with the names of the user's groups, a list or a text with commas; empty: there are none."""
     acl_collection: str = "mqtt_acl"
     """Collection of rights: documents with lists of topic filters ``publish``, ``subscribe``, ``pubsub`` (EMQ), or with
     ``permission``, ``action`` and ``topic`` or ``topics`` (EMQX 5). Empty: there are none here."""
@@ -71,7 +73,7 @@ class Mongo:
         self._fields = [
             name for name in (
                 *((config.password_field,) if config.password_field else ("password", "password_hash")),
-                config.salt_field, config.superuser_field, *_equal_names(config.user_filter),
+                config.salt_field, config.superuser_field, config.groups_field, *_equal_names(config.user_filter),
             ) if name
         ]  # fmt: skip
 
@@ -130,8 +132,9 @@ class Mongo:
         if config.superuser_field and truth(found.get(config.superuser_field)):
             note("superuser")
             return Grant(superuser=True)
+        groups = groups_of(found.get(config.groups_field)) if config.groups_field else frozenset[str]()
         if not config.acl_collection:
-            return Grant()
+            return Grant(groups=groups)
         queries = []
         for template in config.acl_filters:
             try:
@@ -145,7 +148,7 @@ class Mongo:
             source = f"auth.{config.name} {config.acl_collection}"
             rules = bounded(rule for document in documents for rule in _document_rules(document, client, source))
         note(f"{len(rules)} rules")
-        return Grant(rules=tuple(rules))
+        return Grant(rules=tuple(rules), groups=groups)
 
 
 async def open_mongodb(config: MongoConfig) -> Mongo:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from auth._acl import TooManyRules, action_rules, bounded, record_rules, topic_rules, truth
+from auth._acl import TooManyRules, action_rules, bounded, groups_of, record_rules, topic_rules, truth
 from auth._stored import StoredConfig, StoredPassword, password_of
 from broker.config.template import MissingValue, Placeholder, Template
 from broker.connectors import redis
@@ -28,9 +28,10 @@ class RedisConfig(redis.RedisServer, StoredConfig):
     """`[auth.redis]`"""
 
     auth_cmd: str = "HMGET mqtt_user:${username} password salt is_superuser"
-    """Command that finds a user: HMGET with the fields ``password`` or ``password_hash``, and maybe ``salt`` and
-    ``is_superuser``; HGETALL, HGET of the hash alone, or GET. It is cut into words first and filled in then, so a
-    name is always part of one word. EMQ's ``%u`` and ``%c`` are understood too."""
+    """Command that finds a user: HMGET with the fields ``password`` or ``password_hash``, and maybe ``salt``,
+    ``is_superuser`` and ``groups`` (names with commas between them); HGETALL, HGET of the hash alone, or GET. It is cut
+    into words first and filled in then, so a name is always part of one word. EMQ's ``%u`` and ``%c`` are understood
+    too."""
     super_cmd: str = ""
     """Command that tells with 1 or true whether the user may do everything: HGET or GET. Default: the field
     ``is_superuser`` of `auth_cmd`."""
@@ -190,7 +191,7 @@ class Redis:
             topics = sorted(await self._pool.call(*command))
             rules += topic_rules(topics, action, f"auth.{self._config.name} {_show(command[1])}")
         note(f"{len(rules)} rules")
-        return Grant(rules=tuple(bounded(rules)))
+        return Grant(rules=tuple(bounded(rules)), groups=groups_of(found.get("groups")))
 
     def _heard(self, message: bytes | None) -> None:
         if self.on_change is None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
@@ -14,15 +14,19 @@ from typing import Annotated, ClassVar, TypeVar
 from pydantic import Field
 
 from auth._sql import SqlAuth, SqlConfig
+from broker.access.passwords import BadHash, Hash, describes_itself
 from broker.config.types import ConfigPath, Duration
 from broker.connectors.sql_text import Dialect, Refused, Rows, Statement
-from broker.extend.auth import BackendUnavailable
+from broker.extend.auth import Account, AccountError, BackendUnavailable
 from broker.extend.registry import Backend
 
 T = TypeVar("T")
 
 STEPS = 10_000
 """Instructions of SQLite between looks at the clock; well under a millisecond."""
+
+LOCKED = 10.0
+"""Seconds an edit of an account waits for others who write."""
 
 _EMQ = """
 create table if not exists mqtt_user (id integer primary key, username text not null unique, password text,
@@ -40,6 +44,7 @@ create table if not exists mqtt_acl (id integer primary key, ipaddress text, per
     action text not null, username text, clientid text, topic text not null, qos text, retain integer);
 create index if not exists mqtt_acl_username on mqtt_acl (username);
 """
+_SCHEMAS = {"emq": _EMQ, "emqx": _EMQX}
 
 
 class SqliteConfig(SqlConfig):
@@ -54,6 +59,78 @@ class SqliteConfig(SqlConfig):
     once. 0: they are read again after `cache_ttl` and `refresh`."""
 
     dialect: ClassVar[Dialect] = "sqlite"
+
+    def accounts(self) -> SqliteAccounts:
+        """What ``isthmus user`` edits."""
+        if self.authenticate is not None:
+            raise AccountError("authenticate is a statement of its own, whose table is not known; edit that table")
+        return SqliteAccounts(self)
+
+
+class SqliteAccounts:
+    """`broker.extend.auth.Accounts` in the table `mqtt_user`."""
+
+    def __init__(self, config: SqliteConfig) -> None:
+        self._path = config.path
+        self._create = _SCHEMAS[config.tables] if config.create else None
+        self._password = "password" if config.tables == "emq" else "password_hash"
+        self._salt = None if config.tables == "emq" else ""
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def users(self) -> list[Account]:
+        with self._open() as connection:
+            rows = connection.execute(
+                f"select username, {self._password}, is_superuser from mqtt_user order by username"
+            ).fetchall()
+        return [Account(str(name), _scheme(hash), superuser in (1, "1", "true")) for name, hash, superuser in rows]
+
+    def add(self, name: str, hash: str) -> None:
+        with self._open() as connection:
+            if connection.execute("select 1 from mqtt_user where username = ?", (name,)).fetchone():
+                raise AccountError(f"there is a user {name!r} already")
+            connection.execute(
+                f"insert into mqtt_user (username, {self._password}, salt) values (?, ?, ?)", (name, hash, self._salt)
+            )
+
+    def passwd(self, name: str, hash: str) -> None:
+        with self._open() as connection:
+            changed = connection.execute(
+                f"update mqtt_user set {self._password} = ?, salt = ? where username = ?", (hash, self._salt, name)
+            )
+            _one(changed.rowcount, name)
+
+    def delete(self, name: str) -> None:
+        with self._open() as connection:
+            _one(connection.execute("delete from mqtt_user where username = ?", (name,)).rowcount, name)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection in a transaction, committed at the end."""
+        try:
+            if self._create is not None:
+                _make(self._path, self._create, LOCKED)
+            url = f"{self._path.as_uri()}?mode=rw"
+            with contextlib.closing(sqlite3.connect(url, uri=True, timeout=LOCKED, isolation_level=None)) as connection:
+                connection.execute("begin immediate")
+                yield connection
+                connection.execute("commit")
+        except sqlite3.Error as error:
+            raise AccountError(f"{self._path}: {error}") from None
+
+
+def _one(count: int, name: str) -> None:
+    if not count:
+        raise AccountError(f"there is no user {name!r}")
+
+
+def _scheme(stored: object) -> str:
+    text = stored.decode("utf-8", "replace") if isinstance(stored, bytes) else str(stored or "")
+    try:
+        return Hash(text).scheme if describes_itself(text) else "as password_hash says"
+    except BadHash:
+        return "damaged"
 
 
 class SqliteFile:
@@ -146,11 +223,7 @@ class SqliteFile:
 
     def _create(self, schema: str) -> None:
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.touch(mode=0o600)
-            with contextlib.closing(self._open("rwc").connection) as connection:
-                connection.execute("pragma journal_mode = wal")
-                connection.executescript(schema)
+            _make(self._path, schema, self._timeout)
         except (OSError, sqlite3.Error) as error:
             raise BackendUnavailable(f"{self._path} cannot be made: {error}") from None
 
@@ -232,8 +305,17 @@ async def open_sqlite(config: SqliteConfig) -> Sqlite:
     writes = config.upgrade_to is not None
     file = SqliteFile(config.path, size=config.pool, timeout=config.timeout or 3.0, writes=writes)
     if config.create:
-        await file.create(_EMQ if config.tables == "emq" else _EMQX)
+        await file.create(_SCHEMAS[config.tables])
     return Sqlite(config, file)
+
+
+def _make(path: Path, schema: str, timeout: float) -> None:
+    """The file and its tables, where they are not there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    with contextlib.closing(sqlite3.connect(path, timeout=timeout, isolation_level=None)) as connection:
+        connection.execute("pragma journal_mode = wal")
+        connection.executescript(schema)
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

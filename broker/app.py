@@ -35,9 +35,10 @@ from broker.extend import registry
 from broker.extend.record import compile_template
 from broker.extend.session import SessionSpec
 from broker.extend.sink import Record
+from broker.net.descriptors import make_room
 from broker.net.errors import ListenError
 from broker.net.listeners import Listeners
-from broker.runtime import logs
+from broker.runtime import logs, memory
 from broker.runtime.supervisor import Supervisor
 from broker.store.errors import REMEDY, StoreDamaged, StoreUnusable
 from broker.store.journal import FileStore
@@ -69,6 +70,13 @@ LOSS = {
 }
 """The loss window of each `broker.durability`, for the log."""
 
+
+PRESSURE = (
+    "clients are read as usual again",
+    "publishers are read a quarter of the time (broker.max_memory)",
+    "publishers are hardly read and new clients are refused (broker.max_memory)",
+)
+"""What each level of memory pressure means, for the log."""
 
 DEAD_LETTERS = SessionSpec(filters=(), upgrade_qos=True, max_bytes=256 << 20)
 """The session that keeps `$dlq/<instance>`; when it is full the record stays where it is, in the sink's queue."""
@@ -113,12 +121,14 @@ class Broker:
         )
         self.gate.rights_changed = self.engine.rights_changed
         self.gate.kick = self.engine.kick
+        self.engine.on_disconnected = self.gate.protection.disconnected
         self.listeners = Listeners(self.engine, settings.base)
         self.internal = self._data / "run" / "workers.sock"
         self.supervisor = Supervisor(self.internal, settings.broker.name, log_format, log_level)
         self.control_path = self._data / "control.sock"
         self._control = ControlServer(self.control_path, Commands(self).table())
         self._ticker: asyncio.TimerHandle | None = None
+        self._memory = memory.MemoryWatch(settings.broker.max_memory)
 
     def _report(self, category: str, text: str) -> None:
         limited = self._limited.get(category)
@@ -187,6 +197,7 @@ class Broker:
         self.journal = journal
         engine.use_journal(journal)
         recovery.install(engine, journal)
+        self.gate.protection.bans.keep(journal)
         log.info(
             "store: sessions=%d queued=%d retained=%d lost=%d",
             len(engine.sessions),
@@ -206,7 +217,20 @@ class Broker:
 
     def _tick(self) -> None:
         self.engine.tick(self._loop.time(), int(time.time() * 1000))
+        self._watch_memory()
         self._ticker = self._loop.call_later(TICK, self._tick)
+
+    def _watch_memory(self) -> None:
+        before = self._memory.level
+        level = self._memory.look()
+        if level != before:
+            log.warning(
+                "memory: %d of %d MB used: %s", self._memory.used >> 20, self._memory.limit >> 20, PRESSURE[level]
+            )
+        if level:
+            memory.give_back()
+        if level or self.engine.pressure:
+            self.engine.press(level)
 
     async def stop(self) -> bool:
         """Stop accepting, tell clients, put everything on disk. Bounded by ten seconds; False when that ran out or
@@ -294,6 +318,7 @@ class Broker:
                 await self.gate.replace(old)
                 raise ReloadRefused(f"{new.located(str(error))}; nothing was changed") from error
             self.engine.configure(limits_of(new))
+            self._memory.limit = new.broker.max_memory or memory.group_limit()
             touched = set(change.added) | set(change.changed)
             for room, instances in (("sinks", new.sinks), ("bridges", new.bridges)):
                 for name, instance in instances.items():
@@ -386,6 +411,7 @@ def serve(
         return 2
     os.umask(0o077)
     tune_process()
+    make_room()
     try:
         import uvloop
     except ImportError:

@@ -35,7 +35,9 @@ def parse_network(text: str) -> Network:
             wider = ipaddress.ip_network(text, strict=False)
         except ValueError:
             raise ValueError(f"{text!r} is neither an address nor a network such as 10.0.0.0/8") from error
-        raise ValueError(f"{text!r} names one address of a network; write {text.partition('/')[0]} or {wider}") from None
+        raise ValueError(
+            f"{text!r} names one address of a network; write {text.partition('/')[0]} or {wider}"
+        ) from None
     if network.version == 6 and network.prefixlen >= 96 and network.network_address.ipv4_mapped is not None:
         return ipaddress.IPv4Network((network.network_address.ipv4_mapped, network.prefixlen - 96))
     return network

@@ -37,12 +37,13 @@ class Chain:
         self.guards = guards
         self.explicit = explicit
         """False: there is no `[auth.*]` table at all, nobody wrote an empty list."""
-        self._screens = tuple(guard for guard in guards if guard.screen is not None)
+        self.screens = tuple(guard for guard in guards if guard.screen is not None)
+        """Those that look at every client before it is asked for anything."""
         self._errors = limited(logger, "a backend failed")
 
     def screened(self, client: Client) -> Decision | None:
         """The refusal of whoever looks at every client before it is asked for anything."""
-        for guard in self._screens:
+        for guard in self.screens:
             refusal = guard.screen(client) if guard.screen is not None else None
             if refusal is not None:
                 return _decide(guard, refusal)

@@ -169,7 +169,7 @@ def _action(term: Any) -> tuple[Action, frozenset[int] | None, bool | None]:
     retain: bool | None = None
     for condition in conditions:
         kind, value = condition if isinstance(condition, _Tuple) and len(condition) == 2 else (None, None)
-        levels = value if type(value) is list else [value]
+        levels: list[Any] = value if type(value) is list else [value]
         if kind == "qos" and levels and all(type(one) is int and 0 <= one <= 2 for one in levels):
             qos = frozenset(levels)
         elif kind == "retain" and isinstance(value, _Atom) and value in ("true", "false", "all"):

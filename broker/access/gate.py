@@ -163,13 +163,17 @@ class AccessGate:
         proved = identity.get("username") if identity else None
         username = proved or connect.username
         password = connect.password
+        chain = self.chain(listener.auth)
+        nobody = username is None and password is None and not identity and self._anonymous_on(listener)
+        if nobody and not chain.screens and not self.protection.armed:  # the cheap way of most who connect so
+            self._accept(channel, self._principal(connect.client_id, None, channel, identity))
+            return
         client = Client(connect.client_id, username, channel.peerhost, listener.name, identity)
         if self.protection.armed:
             refusal = self.protection.before(connect.client_id, username, channel.peerhost)
             if refusal is not None:
                 self._finish(channel, client, refusal)
                 return
-        chain = self.chain(listener.auth)
         refusal = chain.screened(client)
         if refusal is not None:
             self._finish(channel, client, refusal)

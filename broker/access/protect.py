@@ -236,7 +236,9 @@ class Protection:
         if self._connects_by_address.rate and not self._connects_by_address.take(site):
             return self._refuse(RATE_EXCEEDED, "connect_rate_per_address", f"too many CONNECTs a second from {site}")
         if self._places_by_address.limit and self._places_by_address.full(site, clientid):
-            return self._refuse(QUOTA_EXCEEDED, "max_connections_per_address", f"{site} has all connections it may have")
+            return self._refuse(
+                QUOTA_EXCEEDED, "max_connections_per_address", f"{site} has all connections it may have"
+            )
         return None
 
     def standing(self, clientid: str, username: str | None, host: str) -> Decision | None:
@@ -290,6 +292,8 @@ class Protection:
 
     def admitted(self, principal: Any, channel: Any) -> None:
         """A client was let in, and has a session unless the engine found something against it."""
+        if not (self._places_by_user.limit or self._places_by_address.limit):
+            return
         if channel.session is None or channel.link is None:
             return
         if self._places_by_user.limit and principal.username is not None:

@@ -38,7 +38,10 @@ class Subject(Identity, Protocol):
     """Whom the rules are applied to; `rendered` belongs to this module."""
 
     rendered: dict[object, object] | None
-    groups: frozenset[str]
+
+    @property
+    def groups(self) -> frozenset[str]:
+        """Whose member it is."""
 
     def value(self, name: str) -> str | None:
         """The value of a placeholder; None when there is none."""

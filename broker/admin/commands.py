@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from broker import __version__
+from broker.access.bans import BanError, Kind
 from broker.admin.control import CommandFailed
+from broker.admin.dead_letters import DeadLetters
 from broker.config.problems import ConfigError
 from broker.engine.engine import RESERVED
 from broker.engine.session import Session
 from broker.extend.store import BackupFailed
+
+STORED = 10.0
+"""Seconds the store has to take a ban."""
 
 
 class ReloadRefused(Exception):
@@ -24,6 +31,7 @@ class Commands:
 
     def __init__(self, broker: Any) -> None:
         self._broker = broker
+        self._dead_letters = DeadLetters(broker)
 
     def table(self) -> dict[str, Callable[..., Awaitable[Any]]]:
         """Commands by name."""
@@ -44,7 +52,16 @@ class Commands:
             "bridges.resume": self.bridges_resume,
             "queues.list": self.queues_list,
             "queues.drop": self.queues_drop,
+            "deadletter.list": self._dead_letters.listing,
+            "deadletter.show": self._dead_letters.show,
+            "deadletter.replay": self._dead_letters.replay,
+            "deadletter.purge": self._dead_letters.purge,
             "store.backup": self.store_backup,
+            "ban.add": self.ban_add,
+            "ban.del": self.ban_del,
+            "ban.list": self.ban_list,
+            "access.flush": self.access_flush,
+            "accounts.changed": self.accounts_changed,
         }
 
     async def status(self) -> dict[str, Any]:
@@ -60,14 +77,26 @@ class Commands:
             "sessions": sum(1 for s in broker.engine.sessions if not s.startswith(RESERVED)),
             "subscriptions": broker.engine.router.count,
             "retained": broker.engine.retained_store.count,
+            "store": self._store(),
             "messages": {"in": core.received, "out": core.sent, "dropped": dict(core.dropped)},
             "events": dict(core.events),
             "listeners": broker.listeners.status(),
+            "access": {**broker.gate.counters, **broker.gate.protection.status()},
             "auth": broker.gate.status(),
             "sinks": {n: self._instance(n, s) for n, s in workers["sinks"].items()},
             "bridges": {n: self._instance(n, s) for n, s in workers["bridges"].items()},
             "orphans": [q for q in self._queues() if q["orphan"]],
             "workers": broker.supervisor.pids(),
+        }
+
+    def _store(self) -> dict[str, Any]:
+        """`refusing` says why messages that must be kept are refused: full, failed (until a restart) or nothing."""
+        sizes = self._broker.store.sizes()
+        return {
+            "refusing": self._broker.store.refusing,
+            "segments": len(sizes),
+            "bytes": sum(sizes.values()),
+            "lost": self._broker.journal.lost,
         }
 
     def _instance(self, name: str, worker: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +237,120 @@ class Commands:
         except BackupFailed as error:
             raise CommandFailed(str(error)) from None
         return {**copied._asdict(), "seconds": round(time.monotonic() - began, 3)}
+
+    async def ban_add(self, kind: Kind, name: str, seconds: float = 0.0, reason: str = "") -> dict[str, Any]:
+        """Refuse a client id, a user or an address (a network) and disconnect whom that hits; in the store when this
+        returns."""
+        stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        bans = self._broker.gate.protection.bans
+        try:
+            ban = bans.add(kind, name, seconds=seconds, reason=reason, stored=_settle(stored))
+        except BanError as error:
+            raise CommandFailed(str(error)) from None
+        disconnected = await self._disconnect(lambda session: bans.hits(session.principal), kind, name)
+        if not await _in_time(stored):
+            raise CommandFailed(f"{ban.name} is banned, but the store could not take it: a restart forgets it")
+        return {"banned": ban.name, "disconnected": disconnected}
+
+    async def ban_del(self, kind: Kind, name: str) -> dict[str, Any]:
+        """Lift a ban, and lock-outs of the same client, user or address."""
+        stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        protection = self._broker.gate.protection
+        try:
+            ban = protection.bans.remove(kind, name, _settle(stored))
+        except BanError as error:
+            raise CommandFailed(str(error)) from None
+        released = protection.release(kind, name)
+        if ban is None and not released:
+            raise CommandFailed(f"no {kind} {name!r} is banned or locked out")
+        if ban is not None and not await _in_time(stored):
+            raise CommandFailed(f"{ban.name} may come back, but the store could not take it: a restart bans it again")
+        return {"lifted": ban is not None, "released": released}
+
+    async def ban_list(self) -> list[dict[str, Any]]:
+        """Bans, and who is refused for a while by itself."""
+        now = time.monotonic()
+        rows: list[dict[str, Any]] = [
+            {
+                ban.kind: ban.name,
+                "left_s": round(ban.until - now, 1) if ban.until else None,
+                "since": datetime.fromtimestamp(ban.since, UTC).isoformat(timespec="seconds"),
+                "by": "operator",
+                "reason": ban.reason,
+            }
+            for ban in self._broker.gate.protection.bans.list()
+        ]
+        rows.extend(self._broker.gate.protection.locked())
+        return rows
+
+    async def access_flush(
+        self, user: str | None = None, client: str | None = None, all: bool = False
+    ) -> dict[str, Any]:
+        """Forget remembered verdicts and read rights again: of a user, of the user of a client, or of everybody."""
+        if [user is not None, client is not None, all].count(True) != 1:
+            raise CommandFailed("name a user, a client, or all", exit=2)
+        broker = self._broker
+        if client is not None:
+            session = broker.engine.sessions.get(client)
+            if session is None or session.principal is None or session.principal.privileged:
+                raise CommandFailed(f"no client is called {client!r}")
+            user = session.principal.username
+        forgotten = broker.gate.flush(user) if user is not None or all else 0
+        broker.engine.rights_changed(client)
+        return {"forgotten": forgotten}
+
+    async def accounts_changed(self, instance: str, file: str, user: str, disconnect: bool = False) -> dict[str, Any]:
+        """An account was edited in a file that this broker uses too: it counts from now on."""
+        broker = self._broker
+        guard = broker.gate.guard(instance)
+        if guard is None:
+            raise CommandFailed(f"it runs without [auth.{instance}]; isthmus reload puts the fragments into force")
+        if str(broker.settings.auth[instance].config.accounts()) != file:
+            raise CommandFailed(
+                f"its [auth.{instance}] uses another file; isthmus reload puts the fragments into force"
+            )
+        reread = getattr(guard.backend, "reread", None)
+        if reread is not None:
+            try:
+                await reread()
+            except (ValueError, OSError) as error:
+                raise CommandFailed(str(error)) from None
+        broker.gate.flush(user)
+        broker.gate.protection.release("user", user)
+        gone = await self._disconnect(lambda session: session.owner == user, "user", user) if disconnect else 0
+        return {"disconnected": gone}
+
+    async def _disconnect(self, meant: Callable[[Session], bool], kind: Kind, name: str) -> int:
+        """Disconnect those sessions, as an operator's act; how many."""
+        sessions = self._broker.engine.sessions
+        ids = [name] if kind == "client" else list(sessions)
+        count = 0
+        for number, client_id in enumerate(ids, 1):
+            session = sessions.get(client_id)
+            there = session is not None and session.channel is not None and session.principal is not None
+            if there and not session.principal.privileged and meant(session):
+                count += self._broker.engine.kick(client_id)
+            if number % 1_000 == 0:
+                await asyncio.sleep(0)  # others have their turn
+        return count
+
+
+async def _in_time(stored: asyncio.Future[bool]) -> bool:
+    """Whether the store took it; a disk that does not answer has not."""
+    try:
+        return await asyncio.wait_for(stored, STORED)
+    except TimeoutError:
+        return False
+
+
+def _settle(answer: asyncio.Future[bool]) -> Callable[[bool], None]:
+    """What sets the future, unless nobody waits any more."""
+
+    def settle(written: bool) -> None:
+        if not answer.done():
+            answer.set_result(written)
+
+    return settle
 
 
 def _client(session: Session) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`isthmus auth test` and `isthmus hash`."""
+"""`isthmus auth test`, `isthmus hash` and `isthmus access flush`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from broker.cli.common import DONE, FAILED, UNREACHABLE, WRONG, common, complain, guarded, options
+from broker.cli.common import DONE, FAILED, UNREACHABLE, WRONG, ask, common, complain, guarded, options
 from broker.cli.output import print_json
 
 
@@ -35,7 +35,7 @@ def auth_test(
     if publish is not None and subscribe is not None:
         return complain(WRONG, "give --publish or --subscribe, not both")
     settings = options().load()
-    password = _password() if username is not None else None
+    password = read_password() if username is not None else None
     from broker.access.explain import explain
 
     explanation = asyncio.run(
@@ -64,7 +64,7 @@ def auth_test(
 @guarded
 def hash_password() -> int:
     """Read a password from standard input and print its argon2id hash, for a passwords file."""
-    password = _password(confirm=True)
+    password = read_password(confirm=True)
     if not password:
         return complain(FAILED, "an empty password is no password")
     import argon2
@@ -73,7 +73,30 @@ def hash_password() -> int:
     return DONE
 
 
-def _password(confirm: bool = False) -> bytes:
+@click.group()
+def access() -> None:
+    """What the running broker remembers about users and their rights."""
+
+
+@access.command("flush")
+@click.option("--user", metavar="NAME", help="Of this user.")
+@click.option("--client", metavar="ID", help="Of the user of this client.")
+@click.option("--all", "everybody", is_flag=True, help="Of everybody.")
+@common
+@guarded
+def access_flush(user: str | None, client: str | None, everybody: bool) -> int:
+    """Make the running broker ask the backends again: forget verdicts, read the rights of connected clients.
+
+    Who is no longer known there, or no longer allowed, is disconnected or loses the subscription.
+    """
+    if [user is not None, client is not None, everybody].count(True) != 1:
+        return complain(WRONG, "give one of --user, --client and --all")
+    answer = ask("access.flush", user=user, client=client, all=everybody)
+    click.echo(f"{answer['forgotten']} verdicts forgotten; rights are read again")
+    return DONE
+
+
+def read_password(confirm: bool = False) -> bytes:
     """One line of standard input without its end, or what is typed at a prompt that does not show it."""
     if sys.stdin.isatty():
         typed: str = click.prompt("Password", hide_input=True, confirmation_prompt=confirm, default="", err=True)

@@ -20,6 +20,9 @@ RULES = f"""# written by the first run, in the form of mosquitto's acl_file
 user {USER}
 topic readwrite telemetry/{USER}/#
 """
+OWN_TOPICS = """# written with the first account, in the form of mosquitto's acl_file
+pattern readwrite telemetry/%u/#
+"""
 
 
 def pending(settings: Settings) -> Instance | None:
@@ -62,6 +65,17 @@ def prepare(settings: Settings) -> list[str]:
         *(_publish(listener, password_file) for listener in _plain(settings)[:1]),
         *_look(settings),
     ]
+
+
+def add_rules(instance: Instance) -> Path | None:
+    """Before the first run somebody made an account, so there will be no user `demo`; the file of rules, if it is still
+    to be made too, gives every user a folder of topics. Returns it when it was made."""
+    rules: Path | None = getattr(instance.config, "rules", None)
+    if rules is None or os.path.lexists(rules):
+        return None
+    rules.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _write(rules, OWN_TOPICS)
+    return rules
 
 
 def _write(path: Path, text: str) -> None:

@@ -72,7 +72,8 @@ class SecureListener(NetworkListener):
     verify: Literal["none", "optional", "require"] | None = None
     """Whether clients show a certificate: none | optional | require. Default: require when ``client_ca`` is given."""
     username_from: Literal["off", "cn", "dn", "san"] = "off"
-    """Part of the client's certificate that becomes its user name: off | cn | dn | san."""
+    """Part of the client's certificate that becomes its user name: off | cn | dn | san. Of several CNs the last counts,
+    of several alternative names the first."""
     tls_min: Literal["1.2", "1.3"] = "1.2"
     """Oldest TLS version accepted: 1.2 | 1.3."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from broker.config.types import ConfigPath, Duration, Size
 
@@ -25,6 +26,55 @@ class BrokerConfig(Section):
     durability: Literal["flush", "interval", "none"] = "flush"
     """When what must survive counts as written: flush (on disk before the acknowledgement) | interval (on disk within
     `store.interval`) | none (whenever the system likes). A crash of the broker alone loses nothing in any of them."""
+    max_memory: Size = 0
+    """Bytes of memory the broker process may use; 0 for the limit of its control group, if it has one. Above 80 % of it
+    publishers are read a part of the time, above 95 % new clients are refused with 0x89."""
+
+
+class LockoutConfig(Section):
+    """`[access.lockout]`: who gives wrong passwords is refused for a while, without a backend being asked."""
+
+    max_failures: int = Field(default=5, ge=0, le=1_000)
+    """Wrong passwords of one user name from one address within `window_time` after which this user is refused from
+    there (0x8A); from other addresses it may log in. A right one in between starts the count again. 0: never."""
+    max_failures_per_address: int = Field(default=0, ge=0, le=1_000)
+    """Wrong passwords from one address, whatever the user, after which everybody is refused from there. 0: never."""
+    max_failures_per_user: int = Field(default=0, ge=0, le=1_000)
+    """Wrong passwords of one user name, wherever from, after which it is refused everywhere: anybody who knows a
+    user's name can then lock that user out. 0: never."""
+    window_time: Annotated[Duration, Field(ge=1, le=86_400)] = 300.0
+    """Seconds in which wrong passwords are counted."""
+    ban_time: Annotated[Duration, Field(ge=1, le=604_800)] = 600.0
+    """Seconds for which they are refused; attempts meanwhile do not make it longer. A restart ends it."""
+
+
+class FlappingConfig(Section):
+    """`[access.flapping_detect]`: a client that comes and goes all the time is refused for a while."""
+
+    enable: bool = False
+    """Whether this is done."""
+    max_count: int = Field(default=15, ge=1, le=1_000)
+    """Times one client id of one user may disconnect within `window_time`; then it is refused (0x8A)."""
+    window_time: Annotated[Duration, Field(ge=1, le=86_400)] = 60.0
+    """Seconds in which they are counted."""
+    ban_time: Annotated[Duration, Field(ge=1, le=604_800)] = 300.0
+    """Seconds for which it is refused. A restart ends it."""
+
+
+class QuotaConfig(Section):
+    """`[access.quota]`: how much one user and one address may have of the broker. An IPv6 address counts as its /64."""
+
+    max_connections_per_user: int = Field(default=0, ge=0, le=10_000_000)
+    """Clients of one user connected at the same time; more are refused (0x97). 0: no limit."""
+    max_connections_per_address: int = Field(default=0, ge=0, le=10_000_000)
+    """Clients from one address connected at the same time; more are refused (0x97). 0: no limit."""
+    connect_rate_per_user: float = Field(default=0.0, ge=0, le=1_000_000)
+    """Logins of one user a second, on average over `rate_window`; more are refused (0x9F). 0: no limit."""
+    connect_rate_per_address: float = Field(default=0.0, ge=0, le=1_000_000)
+    """CONNECT packets from one address a second, on average over `rate_window`; more are refused (0x9F) before a
+    backend is asked. 0: no limit."""
+    rate_window: Annotated[Duration, Field(ge=1, le=3_600)] = 10.0
+    """Seconds over which rates are averaged: so many seconds' worth may come at once."""
 
 
 class AccessConfig(Section):
@@ -47,6 +97,25 @@ class AccessConfig(Section):
     """Seconds a verdict of a remote backend is remembered; 0 asks every time."""
     negative_cache_ttl: Annotated[Duration, Field(le=5)] = 5.0
     """Seconds a refusal is remembered; errors never are."""
+    exempt: tuple[str, ...] = ()
+    """Addresses and networks, e.g. ``10.1.0.0/16``, that stand for many clients, such as those of reverse proxies and
+    gateways: nothing in `lockout` and `quota` is counted by them. Bans count."""
+    lockout: LockoutConfig = LockoutConfig()
+    """Wrong passwords."""
+    flapping_detect: FlappingConfig = FlappingConfig()
+    """Clients that come and go."""
+    quota: QuotaConfig = QuotaConfig()
+    """Connections and logins of one user and one address."""
+
+    @field_validator("exempt")
+    @classmethod
+    def _networks(cls, exempt: tuple[str, ...]) -> tuple[str, ...]:
+        for text in exempt:
+            try:
+                ip_network(text)
+            except ValueError as error:
+                raise ValueError(f"{error}; write an address or a network such as 10.1.0.0/16") from None
+        return exempt
 
 
 class LimitsConfig(Section):

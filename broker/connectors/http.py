@@ -44,11 +44,23 @@ class Answer:
 
 
 class HttpPool:
-    """At most `size` connections. `context` is what TLS is checked with."""
+    """At most `size` connections. An answer of more than `most` bytes is none, nor is a compressed one; where only the
+    status counts, without `whole`, the rest is not read. `again`: what meets a closed connection is sent once more."""
 
-    def __init__(self, service: Trust, *, size: int, timeout: float, most: int = MAX_ANSWER) -> None:
+    def __init__(
+        self,
+        service: Trust,
+        *,
+        size: int,
+        timeout: float,
+        most: int = MAX_ANSWER,
+        whole: bool = True,
+        again: bool = True,
+    ) -> None:
         self._timeout = timeout
         self._most = most
+        self._whole = whole
+        self._again = again
         self._context = service.context()
         self._size = size
         self._session: aiohttp.ClientSession | None = None
@@ -64,6 +76,8 @@ class HttpPool:
                 except aiohttp.ClientConnectorError:
                     raise
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                    if not self._again:
+                        raise
                     # the service may have closed the connection while it was idle; one fresh attempt tells
                     return await self._exchange(method, url, headers or {}, body)
         except TimeoutError:
@@ -92,20 +106,23 @@ class HttpPool:
             method, URL(url, encoded=True), headers=headers, data=body, allow_redirects=False
         )
         async with request as response:
-            if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            plain = response.headers.get("Content-Encoding", "identity").strip().lower() == "identity"
+            if not plain and self._whole:
                 raise ValueError("the answer is compressed, which was not asked for")
             return Answer(response.status, response.headers, await self._read(response))
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         length = response.content_length
-        if length is not None and length > self._most:
+        if length is not None and length > self._most and self._whole:
             raise ValueError(f"the answer has more than {self._most} bytes")
         found = bytearray()
         async for piece in response.content.iter_chunked(16 << 10):
             found += piece
             if len(found) > self._most:
+                if not self._whole:
+                    break
                 raise ValueError(f"the answer has more than {self._most} bytes")
-        return bytes(found)
+        return bytes(found[: self._most])
 
 
 def check_url(text: str, service: Trust) -> str:

@@ -1,4 +1,4 @@
-"""MongoDB: one server, a replica set or a sharded cluster, on PyMongo's own asyncio client. Reads only.
+"""MongoDB: one server, a replica set or a sharded cluster, on PyMongo's own asyncio client.
 
 Nothing that was sent is cancelled: the driver's own deadline ends it, and no answer is taken for another's.
 """
@@ -10,16 +10,30 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
-from pymongo import AsyncMongoClient, ReadPreference
-from pymongo.errors import AutoReconnect, ConfigurationError, InvalidURI, OperationFailure, PyMongoError
+from pymongo import AsyncMongoClient, InsertOne, ReadPreference, UpdateOne, WriteConcern
+from pymongo.errors import (
+    AutoReconnect,
+    BulkWriteError,
+    ConfigurationError,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+)
 
 from broker.config.types import Address, Secret
 from broker.connectors.endpoint import Endpoint
 from broker.extend.auth import BackendUnavailable
 
-__all__ = ["MongoPool", "MongoServer"]
+__all__ = ["REJECTED", "MongoPool", "MongoServer", "Rejected", "Write"]
 
 T = TypeVar("T")
+Write = InsertOne[Any] | UpdateOne
+"""One document to store."""
+
+
+class Rejected(BackendUnavailable):
+    """The server is there and refuses us: the login, a right, a command."""
+
 
 _READ = {
     "primary": ReadPreference.PRIMARY,
@@ -27,6 +41,11 @@ _READ = {
     "secondary_preferred": ReadPreference.SECONDARY_PREFERRED,
     "nearest": ReadPreference.NEAREST,
 }
+
+_SAFE = WriteConcern("majority")
+REJECTED = {13, 18, 20, 26, 59, 72, 73, 8000}
+"""Unauthorized, AuthenticationFailed, IllegalOperation, NamespaceNotFound, CommandNotFound,
+InvalidOptions, InvalidNamespace, Atlas' own refusal."""
 
 
 class MongoServer(Endpoint):
@@ -116,13 +135,36 @@ class MongoPool:
 
         return await self._run(ask)
 
-    async def ping(self) -> None:
-        """One round trip."""
+    async def write(self, collection: str, writes: Sequence[Write]) -> list[dict[str, Any]]:
+        """All of them, in no order, on the disks of a majority. Answers what the server says about each document it
+        refused (``index``, ``code``, ``errmsg``); all others are stored. Raises Rejected, BackendUnavailable: then
+        nobody knows which are."""
+        target = self._database.get_collection(collection, write_concern=_SAFE)
+
+        async def ask() -> list[dict[str, Any]]:
+            try:
+                await target.bulk_write(writes, ordered=False)
+            except BulkWriteError as error:
+                unsafe = error.details.get("writeConcernErrors")
+                if unsafe:
+                    raise BackendUnavailable(f"{self}: not on a majority: {unsafe[0].get('errmsg')}") from None
+                refused: list[dict[str, Any]] = error.details["writeErrors"]
+                return refused
+            return []
+
+        return await self._run(ask)
+
+    async def command(self, command: dict[str, Any]) -> dict[str, Any]:
+        """The answer of the primary to a command about the database. Raises Rejected, BackendUnavailable."""
 
         async def ask() -> dict[str, Any]:
-            return await self._database.command("ping")
+            return await self._database.command(command)
 
-        await self._run(ask)
+        return await self._run(ask)
+
+    async def ping(self) -> None:
+        """One round trip."""
+        await self.command({"ping": 1})
 
     async def close(self) -> None:
         """Ends every connection."""
@@ -143,7 +185,8 @@ class MongoPool:
         except TimeoutError:
             raise BackendUnavailable(f"{self} gave no answer in {self._timeout:g} s") from None
         except (PyMongoError, OSError) as error:
-            raise BackendUnavailable(f"{self}: {_say(error)}") from None
+            refused = isinstance(error, OperationFailure) and error.code in REJECTED
+            raise (Rejected if refused else BackendUnavailable)(f"{self}: {_say(error)}") from None
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._places.release()

@@ -14,25 +14,44 @@ import asyncpg
 from asyncpg import exceptions
 
 from broker.config.types import Address
-from broker.connectors.sql import Link, Lost, Refused, Rows, SqlPool, SqlServer, Statement, Values
+from broker.connectors.sql import Link, Lost, Refused, Rejected, Rows, SqlPool, SqlServer, Statement, Values
 from broker.extend.auth import BackendUnavailable
 from broker.runtime.backoff import Backoff
 
-__all__ = ["PostgresPool", "PostgresServer"]
+__all__ = ["GONE", "REMADE", "PostgresPool", "PostgresServer", "describe", "say"]
 
 logger = logging.getLogger(__name__)
 
 QUIET = 10.0
 """Seconds without a notification after which a listening connection is asked whether it is alive."""
 
-_REMADE = (
+REMADE = (
     exceptions.InvalidCachedStatementError,  # a table was altered
     exceptions.InvalidSQLStatementNameError,  # a pooler in between gave us another server's connection
     exceptions.DuplicatePreparedStatementError,
     exceptions.OutdatedSchemaCacheError,
 )
-_GONE = (exceptions.InterfaceError, exceptions.InternalClientError, exceptions.PostgresConnectionError, OSError)
+"""What was prepared on this connection is not valid (any more)."""
+GONE = (exceptions.InterfaceError, exceptions.InternalClientError, exceptions.PostgresConnectionError, OSError)
+"""The connection is gone, or what came over it makes no sense."""
 _WHOLE_NUMBERS = frozenset({"int2", "int4", "int8"})
+
+_COLUMNS = """
+select a.attname::text,
+       case when t.typtype = 'b' and t.typnamespace = 'pg_catalog'::regnamespace then t.typname::text else '' end,
+       format_type(a.atttypid, null), a.attnotnull, a.attidentity = 'a' or a.attgenerated <> ''
+from pg_attribute a join pg_type t on t.oid = a.atttypid
+where a.attrelid = to_regclass($1) and a.attnum > 0 and not a.attisdropped
+"""
+_UNIQUE = """
+select array(select a.attname::text from pg_attribute a where a.attrelid = i.indrelid and a.attnum = any(
+       (i.indkey::int2[])[0:i.indnkeyatts - 1]))
+from pg_index i
+where i.indrelid = to_regclass($1) and i.indisunique and i.indisvalid and i.indpred is null and i.indexprs is null
+"""
+
+Column = tuple[str, str, bool, bool]
+"""Name of its type if that is one of PostgreSQL's own, the type as SQL writes it, NOT NULL, made by the database."""
 
 
 class PostgresServer(SqlServer):
@@ -76,8 +95,8 @@ class PostgresPool(SqlPool):
                     async with asyncio.timeout(self._timeout):
                         await connection.fetchval("select 1")
                     wait.reset()
-            except (TimeoutError, Lost, BackendUnavailable, exceptions.PostgresError, *_GONE) as error:
-                logger.warning("%s: not listening to %r, changes are noticed late: %s", place, channel, _say(error))
+            except (TimeoutError, Lost, BackendUnavailable, exceptions.PostgresError, *GONE) as error:
+                logger.warning("%s: not listening to %r, changes are noticed late: %s", place, channel, say(error))
             finally:
                 if connection is not None:
                     connection.terminate()
@@ -100,10 +119,12 @@ class PostgresPool(SqlPool):
                 statement_cache_size=0,
                 server_settings=self._settings,
             )
+        except (exceptions.InvalidAuthorizationSpecificationError, exceptions.InvalidCatalogNameError) as error:
+            raise Rejected(f"PostgreSQL at {place}: {say(error)}") from None
         except exceptions.PostgresError as error:
-            raise Lost(f"PostgreSQL at {place}: {_say(error)}") from None
-        except (*_GONE, ValueError) as error:
-            raise Lost(f"PostgreSQL at {place} cannot be reached: {_say(error)}") from None
+            raise Lost(f"PostgreSQL at {place}: {say(error)}") from None
+        except (*GONE, ValueError) as error:
+            raise Lost(f"PostgreSQL at {place} cannot be reached: {say(error)}") from None
 
 
 class _Connection:
@@ -111,7 +132,7 @@ class _Connection:
 
     def __init__(self, connection: asyncpg.Connection[Any], place: Address) -> None:
         self.place = place
-        self._connection = connection
+        self.driver = connection
         self._prepared: dict[str, tuple[Any, tuple[str, ...], list[bool], list[int]]] = {}
 
     async def fetch(self, statement: Statement, values: Values) -> Rows:
@@ -121,24 +142,24 @@ class _Connection:
                 prepared = self._prepared[statement.sql] = await self._prepare(statement)
             query, columns, whole_numbers, padded = prepared
             rows: list[Any] = await query.fetch(*map(_bindable, values, whole_numbers))
-        except _REMADE as error:
-            raise Lost(f"PostgreSQL at {self.place}: {_say(error)}") from None
+        except REMADE as error:
+            raise Lost(f"PostgreSQL at {self.place}: {say(error)}") from None
         except exceptions.PostgresError as error:
             raise _classified(error, statement, self.place) from None
         except (exceptions.DataError, UnicodeEncodeError, _Unfit) as error:
             raise Refused(str(error)) from None
-        except _GONE as error:
-            raise Lost(f"PostgreSQL at {self.place}: {_say(error)}") from None
+        except GONE as error:
+            raise Lost(f"PostgreSQL at {self.place}: {say(error)}") from None
         if padded:
             rows = [[v.rstrip(" ") if i in padded and v else v for i, v in enumerate(row)] for row in rows]
         return Rows(columns, rows)
 
     def kill(self) -> None:
-        self._connection.terminate()
+        self.driver.terminate()
 
     async def _prepare(self, statement: Statement) -> tuple[Any, tuple[str, ...], list[bool], list[int]]:
         # by name: what asyncpg prepares without one is overwritten by the next
-        query = await self._connection.prepare(statement.sql, name=f"isthmus_{len(self._prepared)}")
+        query = await self.driver.prepare(statement.sql, name=f"isthmus_{len(self._prepared)}")
         attributes = query.get_attributes()
         return (
             query,
@@ -146,6 +167,12 @@ class _Connection:
             [parameter.name in _WHOLE_NUMBERS for parameter in query.get_parameters()],
             [i for i, attribute in enumerate(attributes) if attribute.type.name == "bpchar"],  # filled up with blanks
         )
+
+
+async def describe(driver: asyncpg.Connection[Any], table: str) -> tuple[dict[str, Column], list[frozenset[str]]]:
+    """Columns of a table by name, none if there is no such table, and the columns of its unique indexes."""
+    columns = {row[0]: (row[1], row[2], row[3], row[4]) for row in await driver.fetch(_COLUMNS, table)}
+    return columns, [frozenset(row[0]) for row in await driver.fetch(_UNIQUE, table)]
 
 
 class _Unfit(ValueError):
@@ -162,9 +189,9 @@ def _bindable(value: str | None, whole_number: bool) -> Any:
 
 def _classified(error: exceptions.PostgresError, statement: Statement, place: Address) -> Exception:
     state = error.sqlstate or ""
-    text = f"PostgreSQL at {place}: {_say(error)}"
+    text = f"PostgreSQL at {place}: {say(error)}"
     if state.startswith("22"):  # data exception: the value has no form the database could compare
-        return Refused(_say(error))
+        return Refused(say(error))
     if state.startswith("08") or state in ("57P01", "57P02", "57P03", "57P05"):
         return Lost(text)
     if state == "57014":
@@ -176,7 +203,7 @@ def _classified(error: exceptions.PostgresError, statement: Statement, place: Ad
     return BackendUnavailable(text)
 
 
-def _say(error: BaseException) -> str:
+def say(error: BaseException) -> str:
     """One line; only the message, for the detail may hold a row."""
     words = [arg for arg in error.args if isinstance(arg, str) and arg] or [str(error)]
     return (words[-1].splitlines() or [type(error).__name__])[0][:200]

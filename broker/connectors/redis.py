@@ -1,4 +1,4 @@
-"""Redis: one server, a master found by sentinels, or a cluster. Reads, and listens to a channel; never writes.
+"""Redis: one server, a master found by sentinels, or a cluster. Commands, one or many at once, and channels.
 
 A connection whose caller left or lost patience is closed, never reused: an answer that is still under way would be
 taken for the answer to the next question.
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -26,9 +26,16 @@ from broker.connectors.endpoint import Endpoint
 from broker.extend.auth import BackendUnavailable
 from broker.runtime.backoff import Backoff
 
-__all__ = ["RedisPool", "RedisServer", "WrongType"]
+__all__ = ["Command", "RedisPool", "RedisServer", "Rejected", "WrongType"]
 
 logger = logging.getLogger(__name__)
+
+Command = tuple[str | bytes, ...]
+"""The command, the key it is about, the rest."""
+
+
+class Rejected(BackendUnavailable):
+    """The server refuses our login."""
 
 
 class WrongType(Exception):
@@ -69,11 +76,15 @@ class RedisServer(Endpoint):
 
 
 class RedisPool:
-    """At most `size` connections (to each node of a cluster); opens none before it is needed."""
+    """At most `size` connections (to each node of a cluster); opens none before it is needed.
 
-    def __init__(self, config: RedisServer, *, size: int, timeout: float) -> None:
+    What meets a broken connection is sent once more, `again` times at most.
+    """
+
+    def __init__(self, config: RedisServer, *, size: int, timeout: float, again: int = 1) -> None:
         self._config = config
         self._timeout = timeout
+        self._again = again
         self._places = asyncio.Semaphore(size)
         if config.tls:
             config.context()  # files that cannot be used are named now
@@ -89,6 +100,24 @@ class RedisPool:
             if str(error).startswith("WRONGTYPE"):
                 raise WrongType(str(error)) from None
             raise BackendUnavailable(f"{self}: {command[0]!r} was refused: {error}") from None
+        except (TimeoutError, exceptions.TimeoutError):
+            raise BackendUnavailable(f"{self} gave no answer in {self._timeout:g} s") from None
+        except (exceptions.RedisError, OSError) as error:
+            raise BackendUnavailable(f"{self}: {_say(error)}") from None
+
+    async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """Many commands in one round trip. Answers in their order; a command that was refused has the driver's
+        ResponseError in its place, and one that found its node of a cluster gone the ConnectionError.
+
+        Raises Rejected, or BackendUnavailable: then nobody knows which were carried out.
+        """
+        try:
+            async with asyncio.timeout(self._timeout), self._places:
+                if isinstance(self._client, _Cluster):
+                    return await self._client.execute_pipeline(commands)
+                return await _pipeline(self._client, commands)
+        except exceptions.AuthenticationError as error:
+            raise Rejected(f"{self}: {_say(error)}") from None
         except (TimeoutError, exceptions.TimeoutError):
             raise BackendUnavailable(f"{self} gave no answer in {self._timeout:g} s") from None
         except (exceptions.RedisError, OSError) as error:
@@ -148,7 +177,7 @@ class RedisPool:
     def _connect(self, size: int) -> Redis | _Cluster:
         config = self._config
         # one fresh attempt: the server may have closed a connection while it was idle
-        again = Retry(NoBackoff(), 1, supported_errors=(exceptions.ConnectionError,))
+        again = Retry(NoBackoff(), self._again, supported_errors=(exceptions.ConnectionError,))
         options = {**self._options(), "db": config.database, "max_connections": size + 1, "retry": again}
         if config.mode == "cluster":
             return _Cluster(config, options)
@@ -218,7 +247,7 @@ class _Cluster:
 
     async def execute_command(self, *command: str | bytes) -> Any:
         """The answer of the node that has the key; follows where the cluster sends it, and is bounded by the caller."""
-        slot = key_slot(command[1].encode() if isinstance(command[1], str) else command[1]) if len(command) > 1 else 0
+        slot = _slot(command)
         place = await self._place(slot)
         for attempt in range(_MOVES):
             try:
@@ -241,6 +270,34 @@ class _Cluster:
                     raise
             place = await self._place(slot)
         raise exceptions.ClusterError("the key was sent around without end")
+
+    async def execute_pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        """As `RedisPool.pipeline`: each node gets its share at once, what has moved is sent after it one by one."""
+        shares: dict[tuple[str, int], list[int]] = {}
+        for position, command in enumerate(commands):
+            shares.setdefault(await self._place(_slot(command)), []).append(position)
+        answers: list[Any] = [None] * len(commands)
+
+        async def ask(place: tuple[str, int], positions: list[int]) -> None:
+            try:
+                found = await _pipeline(self._node(place), [commands[position] for position in positions])
+            except exceptions.AuthenticationError:
+                raise
+            except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+                found = [error] * len(positions)
+            for position, answer in zip(positions, found, strict=True):
+                answers[position] = answer
+
+        await asyncio.gather(*(ask(place, positions) for place, positions in shares.items()))
+        if any(isinstance(answer, exceptions.ConnectionError) for answer in answers):
+            await self._look()  # somebody may have taken over until the caller comes again
+        for position, answer in enumerate(answers):
+            if isinstance(answer, (exceptions.AskError, exceptions.TryAgainError, exceptions.ClusterDownError)):
+                try:
+                    answers[position] = await self.execute_command(*commands[position])
+                except exceptions.ResponseError as error:
+                    answers[position] = error
+        return answers
 
     async def aclose(self) -> None:
         if self._looking is not None:
@@ -308,6 +365,22 @@ _MOVES = 5
 """Times one command may be sent to another node."""
 _QUIET = 10.0
 """Seconds without a message after which a listening connection is asked whether it is alive."""
+
+
+async def _pipeline(client: Any, commands: Sequence[Command]) -> list[Any]:
+    pipeline = client.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
+    answers: list[Any] = await pipeline.execute(raise_on_error=False)
+    return answers
+
+
+def _slot(command: Sequence[str | bytes]) -> int:
+    if len(command) < 2:
+        return 0
+    key = command[1]
+    slot: int = key_slot(key.encode() if isinstance(key, str) else key)
+    return slot
 
 
 def _path(path: object) -> str | None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -20,7 +20,7 @@ from broker.connectors.endpoint import Endpoint
 from broker.connectors.sql_text import Refused, Rows, Statement
 from broker.extend.auth import BackendUnavailable
 
-__all__ = ["Link", "Lost", "Refused", "Rows", "SqlPool", "SqlServer", "Statement"]
+__all__ = ["Link", "Lost", "Refused", "Rejected", "Rows", "SqlPool", "SqlServer", "Statement"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +30,15 @@ LIFETIME = 1_800.0
 """Seconds after which a connection is replaced, so that a name that moved is noticed."""
 
 Values = Sequence[str | None]
+T = TypeVar("T")
 
 
 class Lost(Exception):
     """The connection, or what was prepared on it, is gone."""
+
+
+class Rejected(BackendUnavailable):
+    """The server answers and does not let us in: user, password or database are wrong."""
 
 
 class SqlServer(Endpoint):
@@ -109,6 +114,8 @@ class Link(Protocol):
     """One connection."""
 
     place: Address
+    driver: Any
+    """The driver's own connection, for work of more than one statement."""
 
     async def fetch(self, statement: Statement, values: Values) -> Rows:
         """The answer. Raises Lost, Refused, BackendUnavailable; after any but Refused and BackendUnavailable, and when
@@ -151,9 +158,15 @@ class SqlPool:
 
     async def fetch(self, statement: Statement, values: Values) -> Rows:
         """One statement on a connection of the pool. Raises Refused, BackendUnavailable."""
+        return await self.run(lambda link: link.fetch(statement, values))
+
+    async def run(self, work: Callable[[Any], Awaitable[T]]) -> T:
+        """`work` with a connection that nobody else uses meanwhile; once more with a fresh one when one that was kept
+        turns out to be Lost. After any error but Refused and BackendUnavailable the connection is closed.
+        Raises BackendUnavailable, and what `work` raises but Lost."""
         try:
             async with asyncio.timeout(self._timeout), self._places:
-                return await self._fetch(statement, values)
+                return await self._run(work)
         except TimeoutError:
             raise BackendUnavailable(f"the database gave no answer in {self._timeout:g} s") from None
         except Lost as error:
@@ -166,24 +179,24 @@ class SqlPool:
         for link in list(self._links):
             self._discard(link)
 
-    async def _fetch(self, statement: Statement, values: Values) -> Rows:
+    async def _run(self, work: Callable[[Any], Awaitable[T]]) -> T:
         kept = self._take()
         if kept is not None:
             try:
-                return await self._use(kept, statement, values)
+                return await self._use(kept, work)
             except (
                 Lost
             ) as error:  # closed while it was idle, or the statement is to be prepared again: a fresh one tells
                 logger.debug("%s: %s; a new connection is tried", kept.link.place, error)
-        return await self._use(await self._open(), statement, values)
+        return await self._use(await self._open(), work)
 
-    async def _use(self, kept: _Idle, statement: Statement, values: Values) -> Rows:
+    async def _use(self, kept: _Idle, work: Callable[[Any], Awaitable[T]]) -> T:
         whole = False
         began = time.monotonic()
         try:
-            rows = await kept.link.fetch(statement, values)
+            answer = await work(kept.link)
             whole = True
-            return rows
+            return answer
         except (Refused, BackendUnavailable):
             whole = True  # an answer, if not the one that was wished for
             raise

@@ -84,14 +84,15 @@ class Backlog:
         seq, position, both = self._head[self._at : self._at + STRIDE]
         return seq, position, both >> 32, both & 0xFFFFFFFF
 
-    def take(self, count: int) -> list[Entry]:
-        """Remove and return up to this many of the oldest entries."""
+    def take(self, count: int, size: int = 1 << 62) -> list[Entry]:
+        """Remove and return up to this many of the oldest entries, and no more of them than reach `size` bytes."""
         found: list[Entry] = []
-        while len(found) < count and self._fill():
+        while len(found) < count and size > 0 and self._fill():
             head, at = self._head, self._at
             end = min(len(head), at + (count - len(found)) * STRIDE)
-            while at < end:
+            while at < end and size > 0:
                 found.append((head[at], head[at + 1], head[at + 2] >> 32, head[at + 2] & 0xFFFFFFFF))
+                size -= head[at + 2] >> 32
                 at += STRIDE
             self._at = at
         if self._at > 4096 * STRIDE:

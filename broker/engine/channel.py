@@ -853,6 +853,9 @@ class Channel(Outbox):
         if connect.bridge and not self.listener.bridge_bit:
             self.refuse(0x84)
             return
+        if self.engine.pressure > 1 and not self.listener.privileged:
+            self.refuse(0x89)
+            return
         if len(connect.client_id) > limits.max_clientid_length:
             self.refuse(0x85)
             return

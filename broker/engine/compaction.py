@@ -69,7 +69,10 @@ class Compaction:
         log.debug("copying what is alive in segment %d of the store", segment)
         self._work = [spool for spool in journal.spools.values() if spool.segment == segment]
         self._work.extend(journal.values_in(segment))
-        journal.store.read_segment(segment, self._read)
+        if len(self._work) == journal.live.get(segment, 0):  # no message in it is alive
+            self._go_on(True)
+        else:
+            journal.store.read_segment(segment, self._read)
 
     def _read(self, found: list[tuple[int, bytes]]) -> None:
         self._work.extend(pair for pair in found if pair[1][0] == records.PUT)

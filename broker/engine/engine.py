@@ -74,6 +74,11 @@ class Engine:
         self.wheel = Wheel(now)
         self.timers = Timers()
         self.connected = 0
+        self.pressure = 0
+        """How short memory is; see `press`."""
+        self._turns = 0
+        self._hushed: list[Channel] = []
+        """Connections that are not read because memory is short."""
         self._aging: list[Session] = []
         """Sessions of instances whose messages have a `max_age`."""
         self._claims: dict[str, Channel] = {}
@@ -891,6 +896,24 @@ class Engine:
             self.retained_store.expire(now)
             second = int(now)
             self._takeovers = {k: v for k, v in self._takeovers.items() if v[0] >= second - 1}
+
+    def press(self, level: int) -> None:
+        """Called with every tick: how short memory is. 1: clients that publish are read a quarter of the time; 2: a
+        sixteenth of it, and new clients are refused with 0x89. Subscribers are read always: they free memory."""
+        self.pressure = level
+        self._turns += 1
+        if level and self._turns % (4 if level == 1 else 16):
+            for channel in self.clients():
+                if channel.origin is not None and not channel.paused:
+                    channel.paused = True
+                    channel.link.pause_reading()
+                    self._hushed.append(channel)
+            return
+        hushed, self._hushed = self._hushed, []
+        for channel in hushed:
+            if channel.state == LIVE and channel.paused and not channel.suspended and not channel.congested:
+                channel.paused = False
+                channel.link.resume_reading()
 
     def _drop_aged(self, session: Session) -> None:
         """Give up what has queued for an instance longer than its `max_age`."""

@@ -18,7 +18,7 @@ from broker.engine.journal import Journal
 from broker.engine.message import Message, encode_head
 from broker.engine.outbox import Outbox
 from broker.engine.receiver import DONE, LATER, REFUSED, Hold, Receiver, Subscription, Target
-from broker.engine.spool import FAILED, IN_MEMORY, LOAD, OPEN, STORED, WRITING, Pending, Spool
+from broker.engine.spool import FAILED, IN_MEMORY, IN_MEMORY_BYTES, LOAD, OPEN, STORED, WRITING, Pending, Spool
 from broker.mqtt.framing import encode_length
 
 ACK_OK = 0
@@ -167,7 +167,7 @@ class Session(Receiver):
                 or spool.backlog is not None
                 or spool.tail is not None
                 or spool.loading is not None
-                or (queue is not None and len(queue) >= IN_MEMORY)
+                or (queue is not None and (len(queue) >= IN_MEMORY or len(queue) * size > IN_MEMORY_BYTES))
             ):
                 spool.put_aside(entry)
             else:

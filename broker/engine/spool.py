@@ -26,6 +26,9 @@ IN_MEMORY = 512
 """Messages of one session that may wait in memory besides those in flight; the rest is read back when it is time."""
 LOAD = 256
 """Messages read back at once."""
+IN_MEMORY_BYTES = 1 << 20
+"""Bytes of a session's waiting messages, by the size of the newest, after which they are left on disk; and bytes read
+back at once."""
 
 
 class Pending:
@@ -280,7 +283,8 @@ class Spool:
             if pending.state != STORED:
                 break
             near = session.outbox is not None and self.backlog is None and self.loading is None
-            if near and len(tail) + (len(session.queue) if session.queue is not None else 0) <= IN_MEMORY:
+            count = len(tail) + (len(session.queue) if session.queue is not None else 0)
+            if near and count <= IN_MEMORY and count * entry[0].size <= IN_MEMORY_BYTES:
                 break
             tail.popleft()
             self._to_backlog().append(*self.place(entry))
@@ -316,7 +320,7 @@ class Spool:
 
     def load(self) -> None:
         """Read the next messages back from disk."""
-        taken = self.backlog.take(LOAD)
+        taken = self.backlog.take(LOAD, IN_MEMORY_BYTES)
         if not len(self.backlog):
             self.backlog.close()
             self.backlog = None

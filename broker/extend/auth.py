@@ -164,6 +164,7 @@ class AuthBackend(Protocol):
       themselves with is in `Client.certificate` or is the user name;
     - ``screen(client) -> Refusal | None``: asked before everything else about every client that logs in, also one
       with a certificate or without any name; must be quick and never raise;
+    - ``async reread()``: the accounts it keeps were edited (`Accounts`): read them again;
     - ``async burn(password)``: spend the time of one password check, called when no backend knew the user.
     """
 
@@ -176,6 +177,37 @@ class AuthBackend(Protocol):
 
     async def close(self) -> None:
         """Also works after a half-finished opening."""
+
+
+class AccountError(ValueError):
+    """An account cannot be added, changed or deleted; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One user of the store of accounts. `scheme` tells how its password is kept."""
+
+    name: str
+    scheme: str
+    superuser: bool = False
+
+
+class Accounts(Protocol):
+    """What ``isthmus user`` edits, whether or not a broker runs: a config whose users can be edited has a method
+    ``accounts() -> Accounts``, which raises AccountError when they cannot, with this configuration. `str` of it names
+    the file. Every verb is complete on disk when it returns and raises AccountError or OSError."""
+
+    def users(self) -> list[Account]:
+        """Every user."""
+
+    def add(self, name: str, hash: str) -> None:
+        """A new user. `hash` is argon2id."""
+
+    def passwd(self, name: str, hash: str) -> None:
+        """Another password for a user there is."""
+
+    def delete(self, name: str) -> None:
+        """Remove a user."""
 
 
 _notes: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("notes", default=None)

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from broker.config.types import Duration, Size
+from broker.extend.condition import Condition
 from broker.extend.registry import InstanceConfig
 from broker.extend.session import Ack, Overflow, SessionSpec
 
@@ -44,6 +45,10 @@ class SinkConfig(InstanceConfig):
 
     filters: tuple[str, ...] = Field(min_length=1)
     """MQTT topic filters of the messages to take."""
+    where: Condition | None = None
+    """Which of them: `payload.value != null and payload.value < 1000`. Knows `and or not ( )`, `== != < <= > >=`,
+    `in [1, "a"]`, and the names that templates know. A message of which it can say neither yes nor no, such as one
+    whose payload is no JSON, is a dead letter."""
     ack: Ack = "spool"
     """When the publisher's acknowledgement is sent: accept | spool | delivered."""
     queue: Queue = Queue()

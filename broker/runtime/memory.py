@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -56,3 +58,9 @@ def group_limit() -> int:
         if text.isdigit() and int(text) < total:
             return int(text)
     return 0
+
+
+def give_back() -> None:
+    """Return what the C library keeps for later to the system."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -17,6 +17,7 @@ from broker.runtime.busy import Marker
 from broker.runtime.dead_letters import DeadLetters
 from broker.runtime.instance_log import speak_for
 from broker.runtime.lane import Lane
+from broker.runtime.selection import Selection
 from broker.runtime.state import Describer, State, worst
 from broker.runtime.writer import PROBE_EVERY, Writer
 
@@ -119,6 +120,8 @@ class SinkRunner:
     async def _run(self) -> None:
         speak_for(f"sinks.{self.name}")
         sink = await self._open()
+        if self._config.where is not None:
+            sink = Selection(sink, self._config.where)
         for number in range(self._config.lanes):
             lane = self._lane(sink, number)
             self.lanes.append(lane)

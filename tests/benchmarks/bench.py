@@ -4,6 +4,9 @@ Both brokers run side by side and are measured in turn (A B A B …); a figure i
 messages delivered per second of CPU time of all processes of the installation, kernel included, which stays comparable
 on a noisy machine. mosquitto runs with its default socket options, unlimited in-flight and queue; Isthmus compiled,
 with `max_inflight = 1000`; both with an ACL file. Exit code 1 when a row misses its target or a message was lost.
+
+`--source postgresql,redis` (or `all`) measures our broker alone, with 200 rules a user from each of these backends
+beside none; it starts the servers they need.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.benchmarks import calls
+from tests.benchmarks.sources import SOURCES
 from tests.broker import Broker
 from tests.build import compiled
 from tests.servers import Certificates, Process, accepts, certificates, free_port, program
@@ -84,6 +88,8 @@ class Target:
     tls_port: int | None
     pids: Callable[[], list[int]]
     close: Callable[[], None]
+    password: str = ""
+    """Of every user, where it is another than the rows say."""
 
 
 def passwords(where: Path) -> Path:
@@ -131,11 +137,18 @@ def start_mosquitto(where: Path, certs: Certificates, acl: str = "small") -> Tar
 
 
 def start_isthmus(where: Path, certs: Certificates, acl: str = "small") -> Target:
-    """`acl`: small | large | none (users, but everything allowed)."""
+    """`acl`: small | large | none (users, but everything allowed), or one of SOURCES."""
     folder = Path(tempfile.mkdtemp(prefix="isthmus-", dir=where))
     running = Broker(folder, options=["--log-level", "warning"])
-    sources = f'passwords = "{passwords(where)}"\n' if acl != "small" else ""
-    sources += f'rules = "{rules(where, acl)}"\n' if acl != "none" else ""
+    stack = contextlib.ExitStack()
+    password = ""
+    if acl in SOURCES:
+        sources, password = stack.enter_context(SOURCES[acl](folder))
+    else:
+        sources = 'kind = "file"\n'
+        sources += f'passwords = "{passwords(where)}"\n' if acl != "small" else ""
+        sources += f'rules = "{rules(where, acl)}"\n' if acl != "none" else ""
+    stack.callback(running.stop)
     running.write("00-broker.toml", f"""
         [access]
         allow_anonymous = {"true" if acl == "small" else "false"}
@@ -149,12 +162,11 @@ def start_isthmus(where: Path, certs: Certificates, acl: str = "small") -> Targe
         certificate = "{certs.server}"
         key = "{certs.server_key}"
         [auth.accounts]
-        kind = "file"
         {sources}
         """)  # fmt: skip
     running.start()
     tls_port = int(running.ready["tls"].rpartition(":")[2])
-    return Target("isthmus", running.port, tls_port, running.pids, lambda: void(running.stop()))
+    return Target("isthmus", running.port, tls_port, running.pids, stack.close, password)
 
 
 def void(_: object) -> None:
@@ -219,6 +231,13 @@ ROWS = [
         base=Row("topics-20", "20 topics", options=(*flow(20, 20, 20), *GROUPS))),
 ]
 # fmt: on
+
+
+def source_row(name: str) -> Row:
+    """The row of `acl` with the rules from another backend than the file."""
+    base = Row("acl-none", "no rules", options=(*TEN_K, *LOGIN), acl="none")
+    text = f"20→20, 10 000 topics, 200 rules a user, {name}"
+    return Row(name, text, options=(*TEN_K, *LOGIN), acl=name, kind="share", share=0.8, base=base)
 
 
 @dataclass
@@ -330,6 +349,8 @@ class Bench:
             port = target.tls_port if row.tls else target.port
             assert port is not None
             options = [*row.options, "--seconds", str(self.seconds)]
+            if target.password:
+                options += ["--pass", target.password]
             if row.mode == "idle":
                 count = min(self.connections, 2000) if row.tls else self.connections
                 options = [*row.options, "--seconds", "1.5", "--conns", str(count)]
@@ -373,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one measurement")
     parser.add_argument("--json", metavar="FILE", help="write every figure there; - is standard output")
     parser.add_argument("--alone", action="store_true", help="leave mosquitto out")
+    parser.add_argument("--source", default="", help="backends the rules come from, or all; instead of the rows")
     given = parser.parse_args(arguments)
     rounds, seconds = (1, 1.0) if given.quick else (given.rounds, given.seconds)
     wanted = [name.strip() for name in given.rows.split(",") if name.strip()]
@@ -381,6 +403,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench: no row {', '.join(unknown)}; there are: {', '.join(sorted(known))}", file=sys.stderr)
         return 2
     rows = [row for row in ROWS if not wanted or row.name in wanted]
+    sources = [name.strip() for name in given.source.split(",") if name.strip()]
+    if sources:
+        if unknown := [name for name in sources if name not in SOURCES and name != "all"]:
+            print(f"bench: no source {', '.join(unknown)}; there are: {', '.join(SOURCES)}", file=sys.stderr)
+            return 2
+        rows = [source_row(name) for name in SOURCES if name in sources or "all" in sources]
     built, listed = compiled()
     if built != listed:
         print(f"bench: not the compiled build ({len(built)} of {len(listed)} modules): make compile", file=sys.stderr)
@@ -402,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results.append(result)
                 for _ in range(rounds):
                     try:
-                        if not given.alone:
+                        if not given.alone and not sources:
                             result.theirs.append(bench.measure(row, "mosquitto"))
                         if row.base is not None:
                             result.base.append(bench.measure(row.base, "isthmus"))
@@ -420,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench.close()
     text, missed = table(results)
     print(f"\n{text}")
-    count = calls.count() if not wanted or "calls" in wanted else None
+    count = calls.count() if "calls" in wanted or not (wanted or sources) else None
     if count is not None:
         met = count <= 20
         missed += not met

@@ -129,7 +129,7 @@ static void flush(Conn *c) {
 }
 
 static void send_connect(Conn *c) {
-    uint8_t b[512], *p = b; char id[64]; snprintf(id, sizeof id, "%s-%s-%d", prefix, churning ? "c" : c->pub ? "p" : "s", c->id);
+    uint8_t b[512 + (pass ? strlen(pass) : 0)], *p = b; char id[64]; snprintf(id, sizeof id, "%s-%s-%d", prefix, churning ? "c" : c->pub ? "p" : "s", c->id);
     p = put_str(p, "MQTT"); *p++ = version; *p++ = (persistent && !c->pub ? (version == 5 ? 2 : 0) : 2) | (user ? 0x80 : 0) | (pass ? 0x40 : 0); *p++ = 0; *p++ = 0;
     if (version == 5) { int keep = persistent && !c->pub; *p++ = keep ? 8 : 3; *p++ = 0x21; *p++ = 0xff; *p++ = 0xff; if (keep) { *p++ = 0x11; *p++ = 0; *p++ = 0; *p++ = 0x0e; *p++ = 0x10; } }
     char name[128]; if (user && groups) snprintf(name, sizeof name, "%s%d", user, c->id % groups); else snprintf(name, sizeof name, "%s", user ? user : "");

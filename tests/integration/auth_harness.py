@@ -37,7 +37,7 @@ def instance(backend: Backend, raw: Mapping[str, Any], name: str = "") -> Simple
 @contextlib.asynccontextmanager
 async def logins(*instances: SimpleNamespace, **access: Any) -> AsyncIterator[Login]:
     """`async with logins(instance(BACKEND, {…})) as log:` an access gate in front of real backends."""
-    gate = AccessGate(settings(*instances, **access))
+    gate = AccessGate(settings(*instances, **{"lockout": {"max_failures": 0}, **access}))
     await gate.open()
     try:
         yield Login(gate)

@@ -20,7 +20,7 @@ from auth._sql import SqlAuth
 from broker.access.chain import Chain
 from broker.access.guard import Guard
 from broker.access.principal import Principal
-from broker.access.rules import PUBLISH, SUBSCRIBE, RuleSet
+from broker.access.rules import EVERY, PUBLISH, SUBSCRIBE, SUBSCRIPTIONS, RuleSet, allowed
 from broker.connectors.sql_text import Statement
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from broker.extend.registry import Backend
@@ -60,11 +60,18 @@ ALICE = Client("c-1", "alice", "10.9.9.9")
 
 
 def may(grant: Any, action: str, topic: str, client: Client = ALICE) -> bool:
-    """Whether the first rule that applies allows."""
+    """Whether the rules allow it, at every QoS and retained or not."""
+    return packets(grant, action, topic, client) == (EVERY if action == "publish" else SUBSCRIPTIONS)
+
+
+def packets(grant: Any, action: str, topic: str, client: Client = ALICE) -> int:
+    """What the rules allow: bit ``qos << 1 | retain``."""
     assert isinstance(grant, Grant), grant
-    who = Principal(client.clientid, client.username, peer=f"{client.peerhost}:1", attributes=grant.attributes)
-    found = RuleSet(grant.rules).find(PUBLISH if action == "publish" else SUBSCRIBE, topic, topic.split("/"), who)
-    return found is not None and bool(found.allow)
+    who = Principal(
+        client.clientid, client.username, peer=f"{client.peerhost}:1", attributes=grant.attributes, groups=grant.groups
+    )
+    kind, every = (PUBLISH, EVERY) if action == "publish" else (SUBSCRIBE, SUBSCRIPTIONS)
+    return allowed([RuleSet(grant.rules)], kind, topic, topic.split("/"), who, every, 0)
 
 
 class SqlSuite:
@@ -159,8 +166,8 @@ class SqlSuite:
         grant = await backend.authenticate(Client("c-1", "alice"), b"alice-pw")
         expected = {("publish", "a/b"): True, ("publish", "a/secret"): False, ("subscribe", "b/c-1"): True}
         assert {key: may(grant, *key) for key in expected} == expected
-        assert not may(grant, "publish", "q/1"), "a permission for QoS 0 is none for all"
-        assert not may(grant, "publish", "r/1")
+        assert packets(grant, "publish", "q/1") == 0b000011, "QoS 0, retained or not"
+        assert packets(grant, "publish", "r/1") == 0b010101, "every QoS, not retained"
         assert (await backend.authenticate(Client("c", "bob"), b"bob-pw")).superuser
 
     async def test_queries_of_mosquitto_go_auth(self, open: Any, server: SqlServer) -> None:

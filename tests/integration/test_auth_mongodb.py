@@ -127,7 +127,8 @@ async def test_emqxs_documents_work_unchanged(server: MongoServer) -> None:
         assert may.may_publish(emqx, "x/y") == 0
         assert may.may_publish(emqx, "near") == 1
         assert may.may_publish(emqx, "far") == 0
-        assert may.may_publish(emqx, "q1") == 0, "a permission that cannot be kept to is none"
+        assert may.publishable(emqx, "q1") == 0b001100, "QoS 1, retained or not"
+        assert [may.may_subscribe(emqx, "q1", qos) for qos in (0, 1, 2)] == [0, 1, 0]
         assert may.may_publish(emqx, "qa") == 1
         assert may.may_subscribe(emqx, "by-client") == 1
         other = (await log("emqx", b"emqx-pw", "c8")).principal
