@@ -227,6 +227,8 @@ class Commands:
         """Delete what queues for an instance."""
         if not any(q["name"] == name for q in self._queues()):
             raise CommandFailed(f"no queue is called {name!r}")
+        if name.endswith("/dlq"):
+            return {"dropped": (await self._dead_letters.purge(name.removesuffix("/dlq")))["purged"]}
         return {"dropped": self._broker.engine.drop_queue(name)}
 
     async def store_backup(self, folder: str) -> dict[str, Any]:

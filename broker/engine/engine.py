@@ -212,7 +212,8 @@ class Engine:
                 alias_out = min(props.topic_alias_maximum, limits.topic_alias_maximum)
         session.alias_maximum = alias_out
         session.principal = principal
-        session.origin = principal.origin
+        if session.spec is None:  # an instance's session has its own since it was made: `isthmus/x/dlq` is not x
+            session.origin = principal.origin
         session.special = alias_out > 0 or principal.privileged
         if present:
             session.rights = None

@@ -587,6 +587,9 @@ async def test_rights_in_a_token() -> None:
             if acl is records:
                 assert log.gate.may_publish(alice, "out/alice/secret") == 0
                 assert (log.gate.may_publish(alice, "here"), log.gate.may_publish(alice, "there")) == (1, 0)
+    member = await ask({**HMAC, "groups_claim": "roles"}, token(good(roles=["operators", "night shift"])))
+    assert member.groups == {"operators", "night shift"}
+    assert (await ask(HMAC, token(good(groups=["operators"])))).groups == frozenset(), "no claim was named"
     none = await ask({**HMAC, "acl_claim": ""}, token(good(acl=lists)))
     assert none.rules == ()
     many = await ask(HMAC, token(good(acl={"pub": [f"t{n}" for n in range(1_001)]})))

@@ -84,6 +84,26 @@ async def test_emqx_5_tables(open: Open, tmp_path: Path) -> None:
     assert packets(grant, "publish", "q") == 0b000011, "QoS 0, retained or not"
 
 
+async def test_groups_of_a_user_and_rules_of_groups(open: Open, tmp_path: Path) -> None:
+    backend = await open(
+        tables="emqx",
+        authenticate="select username, password_hash, salt, groups from mqtt_user where username = ${username}",
+        authorize='select permission, action, topic, "group" from mqtt_acl order by id',
+    )
+    run(
+        tmp_path / "users.db",
+        "alter table mqtt_user add column groups text",
+        'alter table mqtt_acl add column "group" text',
+        f"insert into mqtt_user (username, password_hash, salt, groups) values "
+        f"('alice', '{sha256('s1pw')}', 's1', 'operators,guests'), ('bob', '{sha256('s1pw')}', 's1', null)",
+        'insert into mqtt_acl (permission, action, topic, "group") values '
+        "('deny', 'publish', 'a/secret', 'guests'), ('allow', 'publish', 'a/+', 'operators')",
+    )
+    rights = {name: await backend.rules(Client("c", name)) for name in ("alice", "bob")}
+    for name, can in (("alice", (True, False)), ("bob", (False, False))):
+        assert tuple(may(rights[name], "publish", topic, Client("c", name)) for topic in ("a/x", "a/secret")) == can
+
+
 async def test_a16_a_name_is_a_value_whatever_is_in_it(open: Open, path: Path) -> None:
     backend = await open()
     for name in NOBODY:

@@ -103,7 +103,7 @@ async def test_letters_can_be_chosen_by_id(broker: Isthmus) -> None:
     answer = await broker.command("deadletter.replay", name="store", ids=[ids[2]])
     assert answer == {"replayed": 1, "left": 1, "problem": ""}
     assert await broker.until_rows(1) == ["bad-3"]
-    assert await broker.command("deadletter.purge", name="store") == {"purged": 1, "left": 0}
+    assert await broker.command("queues.drop", name="store/dlq") == {"dropped": 1}
     assert await letters(broker, 0) == []
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -150,6 +152,33 @@ async def test_groups_come_from_one_backend_and_their_rules_from_another(login: 
     assert log.gate.may_publish(operator, "a") == 0
 
 
+async def test_z31_rights_that_cannot_be_read_deny_in_time_and_stop_nobody_else(login: Any) -> None:
+    """A certificate's rights that never come end in a refusal; rights that cannot be read again stay what they were."""
+
+    class Hangs(Fake):
+        ways: ClassVar[list[Any]] = []
+
+        async def rules(self, client: Client) -> Grant:
+            if client.username == "slow":
+                await asyncio.sleep(60)
+            if self.ways:
+                raise self.ways[-1]
+            return Grant(rules=(rule("allow publish a"),))
+
+    backend = Hangs(Grant(rules=(rule("allow publish a"),)))
+    log = await login(instance("one", backend, timeout=0.2, refresh=0.001))
+    began = time.monotonic()
+    slow = asyncio.create_task(log(None, None, "s", username="slow"))
+    user = (await log("u")).principal
+    assert time.monotonic() - began < 0.2, "others do not wait"
+    assert (await slow).code == 0x88
+    assert time.monotonic() - began < 3
+    backend.ways.append(ValueError("injected"))
+    await log.gate._refresher.run_due()
+    assert (log.gate.may_publish(user, "a"), log.gate.may_publish(user, "b")) == (1, 0)
+    assert (await log(None, None, "t", username="other")).code == 0x88
+
+
 # --- where they are written ------------------------------------------------------------------------------------------
 
 
@@ -159,7 +188,7 @@ def test_emq_tuples_have_conditions_on_the_action(tmp_path: Path) -> None:
         '{allow, all, {publish, [{qos, [0, 1]}, {retain, false}]}, ["a"]}.\n'
         '{allow, all, {subscribe, [{qos, 0}]}, ["a"]}.\n'
         '{allow, {group, "operators"}, {all, [{retain, all}]}, ["b"]}.\n'
-        "{allow, {'and', [{group, \"operators\"}, {client, \"c\"}]}, publish, [\"c\"]}.\n"
+        '{allow, {\'and\', [{group, "operators"}, {client, "c"}]}, publish, ["c"]}.\n'
     )
     rules = read_rules(path)
     assert may(rules, PUBLISH, "a") == QOS0 | QOS1

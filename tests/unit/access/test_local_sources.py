@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from broker.access.gate import AccessGate
 from broker.access.passwords import hash_password
 from broker.access.rules import EVERY
 from broker.config.settings import load_settings
-from broker.extend.auth import Client, Grant, Verdict
+from broker.config.template import Template
+from broker.extend.auth import Client, Grant, Rule, Verdict
 from broker.net.tls import identity
-from tests.unit.access.doubles import Fake, Login, instance
+from tests.unit.access.doubles import Channel, Fake, Login, instance
+from tests.unit.access.test_rules import decide, rule
 
 HASH = hash_password("secret", "pbkdf2")
 STATIC = f"""
@@ -184,13 +187,10 @@ subscribe = ["plant/#"]
 
 def at(log: Login, peerhost: str, *arguments: Any, **more: Any) -> Any:
     """A login from an address that the caches alone decide."""
-    import tests.unit.access.doubles as doubles
-
-    channel = doubles.Channel(**more)
+    channel = Channel(**more)
     channel.peerhost, channel.peer = peerhost, f"{peerhost}:5000"
-    username, password, clientid = (*arguments, None, None, "c")[:3] if not arguments else arguments
-    connect = type("Connect", (), {"client_id": clientid, "username": username, "password": password})
-    log.gate.authenticate(channel, connect)
+    username, password, clientid = arguments or (None, None, "c")
+    log.gate.authenticate(channel, SimpleNamespace(client_id=clientid, username=username, password=password))
     return channel
 
 
@@ -334,9 +334,6 @@ def test_parts_of_one_relative_name_have_no_order() -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 async def test_z26_each_listener_keeps_its_own_rules(login: Any, turned: bool) -> None:
-    from broker.config.template import Template
-    from broker.extend.auth import Rule
-
     class With(Fake):
         def __init__(self, topic: str) -> None:
             super().__init__(Verdict.ALLOW)
@@ -351,8 +348,6 @@ async def test_z26_each_listener_keeps_its_own_rules(login: Any, turned: bool) -
 
 
 def test_z30_case_and_slashes_make_other_topics() -> None:
-    from tests.unit.access.test_rules import decide, rule
-
     topics = ["a", "a/", "/a", "A"]
     for right in topics:
         for topic in topics:
