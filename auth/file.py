@@ -52,6 +52,8 @@ class File:
         self._users = users
         self._verifier = Verifier(min(config.pool, 4))
         self.common_rules = rules
+        self.rules = self._rules if config.passwords is not None else None
+        """A file of rules alone does not judge who may connect, and is not asked whom it knows."""
 
     async def authenticate(self, client: Client, password: bytes) -> Answer:
         hash = self._users.get(client.username or "")
@@ -64,9 +66,9 @@ class File:
         note(f"user {client.username!r} is in the file, the password is right ({hash.scheme})")
         return Grant(superuser=True) if client.username in self._config.superusers else Verdict.ALLOW
 
-    async def rules(self, client: Client) -> Grant | None:
-        """A file of rules alone does not judge who may connect; a file of users does."""
-        if self._config.passwords is not None and client.username not in self._users:
+    async def _rules(self, client: Client) -> Grant | None:
+        """The rights a user has now."""
+        if client.username not in self._users:
             return None
         return Grant(superuser=client.username in self._config.superusers)
 

@@ -97,8 +97,8 @@ class Refresher:
             await self.run_due()
 
     async def run_due(self) -> None:
-        """Read the rights of everybody who is due."""
-        now = asyncio.get_running_loop().time()
+        """Read the rights of everybody who is due before the next look, so that none are older than `refresh`."""
+        now = asyncio.get_running_loop().time() + TICK
         due: list[Principal] = []
         for name, queue in list(self._queues.items()):
             while queue and (queue[0][0] <= now or queue[0][1]() is None):

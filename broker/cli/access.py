@@ -22,11 +22,20 @@ def auth() -> None:
 @click.option("--peer", "peerhost", default="127.0.0.1", metavar="IP", show_default=True, help="The client's address.")
 @click.option("--publish", metavar="TOPIC", help="Also ask for the right to publish to this topic.")
 @click.option("--subscribe", metavar="FILTER", help="Also ask for the right to subscribe to this filter.")
+@click.option("--qos", type=click.IntRange(0, 2), help="With this QoS only; without it, with every QoS.")
+@click.option("--retain/--no-retain", default=None, help="Only retained or only not; without it, both.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @common
 @guarded
 def auth_test(
-    username: str | None, clientid: str, peerhost: str, publish: str | None, subscribe: str | None, as_json: bool
+    username: str | None,
+    clientid: str,
+    peerhost: str,
+    publish: str | None,
+    subscribe: str | None,
+    qos: int | None,
+    retain: bool | None,
+    as_json: bool,
 ) -> int:
     """Explain a verdict step by step. Needs no running broker; the password comes from standard input or a prompt.
 
@@ -47,6 +56,8 @@ def auth_test(
             peerhost=peerhost,
             publish=publish,
             subscribe=subscribe,
+            qos=qos,
+            retain=retain,
         )
     )
     if as_json:

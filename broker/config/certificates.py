@@ -16,7 +16,7 @@ FEW_DAYS = 14 * 86_400
 def problems(listener: SecureListener) -> Iterator[tuple[str, str]]:
     """Field and sentence for each file that would keep the listener from opening."""
     readable = True
-    for field in ("certificate", "key", "client_ca"):
+    for field in ("certificate", "key", "client_ca", "client_crl"):
         path: Path | None = getattr(listener, field)
         if path is not None and (text := _unreadable(path)):
             readable = False
@@ -33,6 +33,22 @@ def problems(listener: SecureListener) -> Iterator[tuple[str, str]]:
             context.load_verify_locations(listener.client_ca)
         except ssl.SSLError:
             yield "client_ca", f"{listener.client_ca} holds no certificate in PEM form"
+    if listener.client_crl is not None:
+        try:
+            load_revocations(context, listener.client_crl)
+        except ValueError as error:
+            yield "client_crl", f"{listener.client_crl} {error}"
+
+
+def load_revocations(context: ssl.SSLContext, path: Path) -> None:
+    """Refuse certificates that the lists in a PEM file name. ValueError when there is none in it; OSError."""
+    if "-----BEGIN X509 CRL-----" not in path.read_text("ascii", "replace"):
+        raise ValueError("holds no revocation list in PEM form")
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise ValueError(f"holds a damaged revocation list: {error.reason or error}") from None
+    context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
 
 
 def warnings(listener: SecureListener) -> Iterator[tuple[str, str]]:

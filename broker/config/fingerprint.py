@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-_READ = {"ca", "certificate", "key", "client_ca"}
+_READ = {"ca", "certificate", "key", "client_ca", "client_crl"}
 """Fields of sinks and bridges that name files read at opening; the other paths there are written to."""
 
 

@@ -69,6 +69,10 @@ class SecureListener(NetworkListener):
     """PEM file with the certificate's private key."""
     client_ca: ConfigPath | None = None
     """PEM file with the authorities whose client certificates are accepted."""
+    client_crl: ConfigPath | None = None
+    """PEM file with the revocation lists of those authorities. A client whose certificate is in one of them is refused,
+    and so is every client of an authority that has no list here or whose list has passed its date. A new list counts
+    from the next reload."""
     verify: Literal["none", "optional", "require"] | None = None
     """Whether clients show a certificate: none | optional | require. Default: require when ``client_ca`` is given."""
     username_from: Literal["off", "cn", "dn", "san"] = "off"
@@ -88,6 +92,8 @@ class SecureListener(NetworkListener):
             raise ValueError(f'verify = "{self.verify}" needs client_ca, the authorities to verify against')
         if self.verification == "none" and self.client_ca is not None:
             raise ValueError('client_ca has no effect with verify = "none"; write "optional" or "require"')
+        if self.client_crl is not None and self.client_ca is None:
+            raise ValueError("client_crl needs client_ca, the authorities whose lists these are")
         if self.username_from != "off" and self.verification == "none":
             raise ValueError(f'username_from = "{self.username_from}" needs client_ca and verify other than "none"')
         return self

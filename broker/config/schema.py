@@ -17,7 +17,7 @@ from broker.extend import registry
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema 2020-12 of what fragments may hold; kinds whose driver is not installed accept any key."""
+    """JSON Schema 2020-12 of what fragments may hold; kinds that cannot be loaded accept any key."""
     definitions: dict[str, Any] = {}
     properties: dict[str, Any] = {name: _reference(model, definitions) for name, model in SECTIONS.items()}
     properties["listeners"] = _instances({kind: _reference(model, definitions) for kind, model in KINDS.items()})
@@ -26,7 +26,7 @@ def schema() -> dict[str, Any]:
         for kind in registry.kinds(room):
             try:
                 kinds[kind] = _reference(registry.load(room, kind).config, definitions)
-            except registry.MissingDriver:
+            except (registry.MissingDriver, registry.WrongBackend):
                 kinds[kind] = {"type": "object"}
         properties[room] = _instances(kinds)
     return {

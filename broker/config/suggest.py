@@ -41,6 +41,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "clientid": ("client_id", "remote_clientid"),
     "certificate": ("cert", "certfile", "cert_file", "tls_cert"),
     "key": ("keyfile", "key_file", "private_key", "tls_key"),
+    "client_crl": ("crlfile", "crl_file", "crl"),
     "client_ca": ("cafile", "ca_file", "ca", "cacertfile"),
     "ca": ("cafile", "ca_file", "bridge_cafile", "cacertfile"),
     "origins": ("allowed_origins", "check_origins"),

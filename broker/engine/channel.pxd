@@ -51,9 +51,9 @@ cdef class Channel(Outbox):
     cpdef connection_lost(self, object error)
     cpdef feed(self, bytes data)
     cpdef _guard(self, bytes data)
-    @cython.locals(p=Bytes, n=Py_ssize_t, i=Py_ssize_t, end=Py_ssize_t, at=Py_ssize_t, size=Py_ssize_t, shift=int, byte=int, first=int, kind=int, v5=bint, session=Session, route=Route, run_route=Route, run_start=Py_ssize_t, run_end=Py_ssize_t, run_count=Py_ssize_t, largest=Py_ssize_t, topic_at=Py_ssize_t, topic_end=Py_ssize_t, length=Py_ssize_t, entry=Entry, ident=int, said=int)
+    @cython.locals(p=Bytes, n=Py_ssize_t, i=Py_ssize_t, end=Py_ssize_t, at=Py_ssize_t, size=Py_ssize_t, shift=int, byte=int, first=int, kind=int, v5=bint, session=Session, route=Route, run_route=Route, run_start=Py_ssize_t, run_end=Py_ssize_t, run_count=Py_ssize_t, largest=Py_ssize_t, topic_at=Py_ssize_t, topic_end=Py_ssize_t, length=Py_ssize_t, entry=Entry, shared=Entry, ident=int, said=int)
     cpdef _parse(self, bytes data)
-    @cython.locals(session=Session, entry=Entry, rights=dict, limits=Limits, code=int)
+    @cython.locals(session=Session, entry=Entry, rights=dict, limits=Limits, code=int, some=int)
     cpdef Entry _entry(self, bytes topic)
     @cython.locals(core=Core, session=Session, v5=bint, p=Bytes, piece=bytes, target=Target, receiver=Receiver, box=Outbox, other=list, message=Message)
     cpdef _deliver_run(self, bytes data, Py_ssize_t start, Py_ssize_t end, Py_ssize_t count, Py_ssize_t largest, Route route)
@@ -63,7 +63,7 @@ cdef class Channel(Outbox):
     cpdef int _refuse_publish(self, str reason, int qos, int ident) except -1
     cpdef push_live(self, bytes data)
     cpdef _hand_over(self, Route route, Message message)
-    @cython.locals(p=Bytes, session=Session, core=Core, qos=int, off=Py_ssize_t, length=Py_ssize_t, topic_end=Py_ssize_t, body_at=Py_ssize_t, ident=int, entry=Entry, expires=double, forward=bytes, code=int, message=Message, route=Route, said=int, hold=Hold, count=int, acks=bytearray, waiting=Py_ssize_t)
+    @cython.locals(p=Bytes, session=Session, core=Core, qos=int, off=Py_ssize_t, length=Py_ssize_t, topic_end=Py_ssize_t, body_at=Py_ssize_t, ident=int, entry=Entry, expires=double, forward=bytes, code=int, retain=bint, unkept=bint, kinds=int, message=Message, route=Route, said=int, hold=Hold, count=int, acks=bytearray, waiting=Py_ssize_t)
     cpdef int _on_publish(self, bytes data, int first, Py_ssize_t start, Py_ssize_t at, Py_ssize_t end) except -1
     cpdef _acknowledge(self, int first, int ident, int code)
     cpdef _hold(self, int first, int ident, Hold hold)

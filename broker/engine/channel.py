@@ -41,6 +41,8 @@ WORKER_EXTRA = 65_536
 """What a worker may send beyond the limit of devices: a dead letter is its original and the reason."""
 
 CONTINUE = 0
+PARTLY = 0x200
+"""In an entry's code: the six bits below it tell which packets may be published, bit ``qos << 1 | retain``."""
 STOP = 1
 SUSPEND = 2
 
@@ -273,13 +275,22 @@ class Channel(Outbox):
                             run_end = end
                             run_count = 1
                             largest = end - i
-                    elif entry.code > 0xFF:
+                    elif entry.code >= PARTLY and entry.code & 1:  # at QoS 0 and not retained it may be published
+                        if run_count and run_route is not None:
+                            self._deliver_run(data, run_start, run_end, run_count, largest, run_route)
+                            run_count = 0
+                        shared = self.router.entry(entry.topic)
+                        route = shared.route
+                        if route is None:
+                            route = self.router.fill(shared)
+                        self._deliver_run(data, i, end, 1, end - i, route)
+                    elif 0xFF < entry.code < PARTLY:
                         error = "the topic name is not valid"
                         code = entry.code & 0xFF
                         break
                     else:
                         self.core.received += 1
-                        self.core.drop("unauthorized" if entry.code == 0x87 else "invalid_topic")
+                        self.core.drop("invalid_topic" if entry.code == 0x90 else "unauthorized")
                     i = end
                     continue
             if run_count and run_route is not None:
@@ -374,7 +385,8 @@ class Channel(Outbox):
     def _entry(self, topic: bytes) -> Entry:
         """The topic's cache entry if this client may publish there, else an entry whose code says why not.
 
-        A code above 0xFF: the name breaks a rule of MQTT and the connection ends with the code's lower byte.
+        A code above 0xFF: the name breaks a rule of MQTT and the connection ends with the code's lower byte. From
+        PARTLY on: some packets may be published there, and which these are.
         """
         session = self.session
         assert session is not None
@@ -394,10 +406,11 @@ class Channel(Outbox):
         if len(topic) > limits.max_topic_length or topics.levels(topic) > limits.max_topic_levels:
             return Entry(topic, 0x90)
         code = 0
-        if (topic[0] == 36 and not self.principal.privileged) or not self.engine.gate.may_publish(
-            self.principal, topic.decode()
-        ):
+        if topic[0] == 36 and not self.principal.privileged:
             code = 0x87
+        elif not self.engine.gate.may_publish(self.principal, topic.decode()):
+            some = self.engine.gate.publishable(self.principal, topic.decode())
+            code = PARTLY | some if some else 0x87
         entry = self.router.entry(topic) if code == 0 else Entry(topic, code)
         session.rights_bytes += len(topic)
         if len(rights) >= RIGHTS_PER_SESSION or session.rights_bytes > RIGHTS_BYTES:
@@ -532,7 +545,7 @@ class Channel(Outbox):
                 entry = self._entry(p[at + 2 : topic_end])
                 self.memo_entry = entry
                 self.memo = entry.topic
-        if entry.code > 0xFF:
+        if 0xFF < entry.code < PARTLY:
             raise ProtocolError(entry.code & 0xFF, "the topic name is not valid")
         expires = 0.0
         forward = b""
@@ -547,6 +560,16 @@ class Channel(Outbox):
             if props.user_properties and b"$isthmus" in forward:
                 forward = _without_metadata(props)
         code = entry.code
+        retain = first & 1 == 1
+        unkept = False
+        if code >= PARTLY:
+            kinds = code >> (qos << 1) & 3
+            if retain and kinds == 1:  # it may be published, not retained: who is there now gets it
+                retain = False
+                unkept = True
+            code = 0 if kinds >> int(retain) & 1 else 0x87
+            if code == 0:
+                entry = self.router.entry(entry.topic)
         if qos == 2 and session.seen(ident):
             self._repeat(session, ident)
             return CONTINUE
@@ -568,7 +591,7 @@ class Channel(Outbox):
             return CONTINUE
         if self.origin is None:
             self._make_origin()
-        message = Message(entry.topic, p[off:end], qos, first & 1 == 1, forward, expires, self.origin)
+        message = Message(entry.topic, p[off:end], qos, retain, forward, expires, self.origin)
         if qos and first & 9 == 0 and props is None and alias is None:
             if self.v5:
                 message.head5 = p[start:topic_end]
@@ -594,6 +617,9 @@ class Channel(Outbox):
         core.received += 1
         if message.retain and not self.engine.retain(message, hold):
             code = 0x97
+        elif unkept:
+            core.count("retain_denied")
+            code = 0x87
         count = self.router.publish(route, message, session, hold)
         if qos == 0:
             return CONTINUE

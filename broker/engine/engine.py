@@ -106,6 +106,12 @@ class Engine:
         self.retained_store.max_messages = limits.max_retained_messages
         self.retained_store.max_bytes = limits.max_retained_bytes
 
+    def _may_publish(self, principal: Any, topic: str, qos: int, retain: bool) -> bool:
+        """Whether a packet other than a client's PUBLISH may be published: a will, or what was retained before."""
+        if principal.privileged or self.gate.may_publish(principal, topic):
+            return True
+        return bool(self.gate.publishable(principal, topic) >> (qos << 1 | int(retain)) & 1)
+
     def _may_receive(self, principal: Any, topic: str) -> int:
         if principal.privileged:
             return 1
@@ -200,7 +206,7 @@ class Engine:
         if longest < 65535 and (keep_alive == 0 or keep_alive > longest):
             server_keep_alive = keep_alive = int(longest)  # [MQTT-3.2.2-21]
         channel.keep_alive = keep_alive * 1.5  # [MQTT-3.1.2-22]
-        session.window = limits.max_inflight
+        session.window = 65535 if principal.privileged else limits.max_inflight
         session.max_packet = 268_435_460
         alias_out = 0
         if props is not None:
@@ -329,7 +335,7 @@ class Engine:
         if will.topic[0] == 36 and not principal.privileged:
             channel.refuse(0x87)
             return False
-        if not principal.privileged and not self.gate.may_publish(principal, will.topic.decode()):
+        if not self._may_publish(principal, will.topic.decode(), will.qos, will.retain):
             self.core.drop("unauthorized")
             channel.refuse(0x87)
             return False
@@ -444,7 +450,7 @@ class Engine:
             will.expires += self.core.now
         who = will.origin.principal
         try:
-            if who is not None and not who.privileged and not self.gate.may_publish(who, will.topic.decode()):
+            if who is not None and not self._may_publish(who, will.topic.decode(), will.qos, will.retain):
                 self.core.drop("unauthorized")
                 return
             self.publish(will, session)
@@ -630,7 +636,7 @@ class Engine:
             return 0x8F, []
         if topics.levels(target) > limits.max_topic_levels or len(target) > limits.max_topic_length:
             return (0x8F if v5 else 0x80), []
-        if not channel.principal.privileged and not self.gate.may_subscribe(channel.principal, target.decode()):
+        if not channel.principal.privileged and not self.gate.may_subscribe(channel.principal, target.decode(), qos):
             self.core.count("subscribe_denied")
             return (0x87 if v5 else 0x80), []
         if session.spool is not None and self.core.journal.refusing:
@@ -727,7 +733,7 @@ class Engine:
             if principal is not None and not self._may_receive(principal, name):
                 continue
             source = message.origin.principal if check_source and message.origin is not None else None
-            if source is not None and not source.privileged and not self.gate.may_publish(source, name):
+            if source is not None and not self._may_publish(source, name, message.qos, True):
                 continue
             found.append((message, min(message.qos, qos), idents))
         return found
@@ -838,7 +844,8 @@ class Engine:
         if principal is None or principal.privileged:
             return
         for subscription in list(session.subscriptions or ()):
-            if not self.gate.may_subscribe(principal, subscription.filter.decode()) and session.subscriptions:
+            wanted = subscription.filter.decode()
+            if not self.gate.may_subscribe(principal, wanted, subscription.qos) and session.subscriptions:
                 filter = filter_of(subscription)
                 session.subscriptions.remove(subscription)
                 self._drop_subscription(subscription)

@@ -26,10 +26,14 @@ class Gate(Protocol):
         """The connection went away while its answer was pending."""
 
     def may_publish(self, principal: Any, topic: str) -> int:
-        """Asked once per session and topic; the answer is kept until `rights_changed`."""
+        """Whether everything may be published there. Asked once per session and topic; the answer is kept until
+        `rights_changed`."""
 
-    def may_subscribe(self, principal: Any, filter: str) -> int:
-        """Whether the whole filter is covered."""
+    def publishable(self, principal: Any, topic: str) -> int:
+        """Asked after a 0, and kept like it: bit ``qos << 1 | retain`` is set for what may be published."""
+
+    def may_subscribe(self, principal: Any, filter: str, qos: int) -> int:
+        """Whether the whole filter is covered, with this QoS."""
 
     def may_receive(self, principal: Any, topic: str) -> int:
         """Asked when a route is filled."""
@@ -63,7 +67,11 @@ class OpenGate:
         """Always."""
         return ALLOW
 
-    def may_subscribe(self, principal: Any, filter: str) -> int:
+    def publishable(self, principal: Any, topic: str) -> int:
+        """Everything."""
+        return 0b111111
+
+    def may_subscribe(self, principal: Any, filter: str, qos: int) -> int:
         """Always."""
         return ALLOW
 

@@ -204,6 +204,7 @@ class Recovery:
             if fields is None:
                 if found.entries or found.subscriptions:
                     self._reject(0, records.META, records.RecordError(f"session {number} has no snapshot"))
+                    self.bad += max(0, len(found.entries) - 1)  # it counted one
                 continue
             if newest[fields["c"]] != number:  # its end is the one record the crash took
                 journal.note(records.encode_session(records.END, number))

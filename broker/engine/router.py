@@ -42,7 +42,7 @@ class Route:
 
 
 class Entry:
-    """A topic somebody published to. `code` is 0, or the reason its publisher is refused."""
+    """A topic somebody published to. `code` is 0, or says what its publisher is refused and why."""
 
     def __init__(self, topic: bytes, code: int) -> None:
         self.topic = topic

@@ -27,6 +27,8 @@ ACK_WRONG = 2
 ACK_LATER = 3
 """The answer follows when it is safe to give it."""
 
+IN_FLIGHT_BYTES = 32 << 20
+"""Bytes in flight to one client, by the size of the next message: a worker may have 65 535, but not of a megabyte."""
 NEVER = 0xFFFFFFFF
 """A Session Expiry Interval that does not expire."""
 
@@ -130,7 +132,14 @@ class Session(Receiver):
             and spool.backlog is None
             and spool.tail is None
             and spool.loading is None
-            and (inflight is None or (inflight.count < self.window and inflight.state((seq - 1) % 65535 + 1) == FREE))
+            and (
+                inflight is None
+                or (
+                    inflight.count < self.window
+                    and inflight.count * message.size <= IN_FLIGHT_BYTES
+                    and inflight.state((seq - 1) % 65535 + 1) == FREE
+                )
+            )
         )
         if message.expires != 0 and message.expires <= self.core.now:
             self.core.drop("expired")
@@ -457,6 +466,8 @@ class Session(Receiver):
         """Whether the window takes this queue entry now."""
         inflight = self.inflight
         if inflight is not None and inflight.count >= self.window:
+            return False
+        if inflight is not None and inflight.count * entry[0].size > IN_FLIGHT_BYTES:
             return False
         pending = entry[7]
         if pending is None or pending.state == FAILED:

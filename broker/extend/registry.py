@@ -1,4 +1,5 @@
-"""Finds a backend's code by its kind. Knows no backend by name."""
+"""Finds a backend's code by its kind: beside the broker, or in any distribution that registers it as an entry point.
+Knows no backend by name."""
 
 from __future__ import annotations
 
@@ -8,10 +9,14 @@ import importlib.util
 import pkgutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+GROUP = "isthmus.backends"
+"""Entry points of backends in other distributions: ``"auth.word" = "my_module:BACKEND"``."""
 
 
 class InstanceConfig(BaseModel):
@@ -54,22 +59,32 @@ class UnknownKind(LookupError):
     """There is no backend of this kind."""
 
 
+class WrongBackend(UnknownKind):
+    """A distribution registers something that cannot be used as a backend."""
+
+
 class MissingDriver(ImportError):
     """The backend exists but its driver is not installed."""
 
 
 def kinds(room: str) -> list[str]:
-    """Names of the backends in ``auth``, ``sinks`` or ``bridges``."""
+    """Names of the backends in ``auth``, ``sinks`` or ``bridges``, and of those other distributions register."""
     package = importlib.import_module(room)
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    own = {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")}
+    others = (found.name.partition(".") for found in entry_points(group=GROUP))
+    return sorted(own | {kind for where, _, kind in others if where == room and kind.isidentifier()})
 
 
 def load(room: str, kind: str) -> Backend:
-    """Import ``room/kind.py`` and return its registration.
+    """Import ``room/kind.py``, or else what a distribution registers as ``room.kind``, and return its registration.
 
-    Raises UnknownKind with the nearest name, or MissingDriver with the command that installs it.
+    Raises UnknownKind with the nearest name, WrongBackend, or MissingDriver with the command that installs it.
     """
-    if not kind.isidentifier() or kind.startswith("_") or importlib.util.find_spec(f"{room}.{kind}") is None:
+    named = kind.isidentifier() and not kind.startswith("_")
+    if not named or importlib.util.find_spec(f"{room}.{kind}") is None:
+        registered = sorted(entry_points(group=GROUP, name=f"{room}.{kind}"), key=_distribution) if named else []
+        if registered:
+            return _registered(registered)
         near = difflib.get_close_matches(kind, kinds(room), n=1)
         hint = f", did you mean {near[0]}?" if near else f"; there are: {', '.join(kinds(room))}"
         raise UnknownKind(f"no {room} backend is called {kind!r}{hint}")
@@ -84,6 +99,25 @@ def load(room: str, kind: str) -> Backend:
         ) from error
     backend: Backend = module.BACKEND
     return backend
+
+
+def _registered(found: list[EntryPoint]) -> Backend:
+    """What a distribution registered; nobody can take the place of another's, nor of ours."""
+    entry = found[0]
+    if len({_distribution(one) for one in found}) > 1:
+        raise WrongBackend(f"{entry.name} is registered by {' and by '.join(map(_distribution, found))}; remove one")
+    where = f"{entry.value} of {_distribution(entry)}"
+    try:
+        backend = entry.load()
+    except Exception as error:  # somebody else's module: whatever it does at import must name it
+        raise WrongBackend(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(backend, Backend) or backend.name != entry.name:
+        raise WrongBackend(f'{where} is no registration: write BACKEND = Backend("{entry.name}", …)')
+    return backend
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else "an unknown distribution"
 
 
 def check_layout() -> str | None:

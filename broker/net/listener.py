@@ -206,5 +206,5 @@ def _is_uvloop(loop: asyncio.AbstractEventLoop) -> bool:
 def _same_tls(before: ListenerConfig, after: SecureListener) -> bool:
     if not isinstance(before, SecureListener):
         return False
-    keys = ("certificate", "key", "client_ca", "verify", "tls_min", "alpn")
+    keys = ("certificate", "key", "client_ca", "client_crl", "verify", "tls_min", "alpn")
     return type(before) is type(after) and all(getattr(before, k, None) == getattr(after, k, None) for k in keys)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from broker.config.certificates import load_revocations
 from broker.config.listeners import SecureListener
 from broker.net.der import validity
 from broker.net.errors import ListenError
@@ -83,6 +84,11 @@ def server_context(name: str, config: SecureListener) -> ssl.SSLContext:
         except ssl.SSLError as error:
             reason = error.reason or "no PEM certificate in it"
             raise ListenError(f"{name}: client_ca {config.client_ca}: {reason}") from None
+    if config.client_crl is not None:
+        try:
+            load_revocations(context, config.client_crl)
+        except ValueError as error:
+            raise ListenError(f"{name}: client_crl {config.client_crl}: {error}") from None
     context.verify_mode = _VERIFY[config.verification]
     alpn = getattr(config, "alpn", ("http/1.1",))  # a WebSocket starts as HTTP
     if alpn:
@@ -95,6 +101,8 @@ def _files(config: SecureListener) -> list[tuple[str, Path]]:
     files = [("certificate", config.certificate), ("key", config.key)]
     if config.client_ca is not None:
         files.append(("client_ca", config.client_ca))
+    if config.client_crl is not None:
+        files.append(("client_crl", config.client_crl))
     return files
 
 

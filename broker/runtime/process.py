@@ -108,7 +108,11 @@ class WorkerProcess:
         self._end.set()
         self.tell({"stop": drain})
         if self._task is not None:
-            _, pending = await asyncio.wait((self._task,), timeout=drain + _EXIT_WITHIN)
+            try:
+                _, pending = await asyncio.wait((self._task,), timeout=drain + _EXIT_WITHIN)
+            except asyncio.CancelledError:  # the broker's own stop is over
+                self._kill()
+                raise
             if pending:
                 _log.warning("worker %s does not leave, it is killed; queues keep what is open", self.name)
                 self._kill()

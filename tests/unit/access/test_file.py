@@ -14,7 +14,7 @@ from broker.access.gate import AccessError, AccessGate
 from broker.access.passwords import hash_password
 from broker.config.settings import Settings, load_settings
 from broker.extend.auth import Client, Grant, Verdict
-from tests.unit.access.doubles import Login
+from tests.unit.access.doubles import Fake, Login, instance
 
 HASH = hash_password("secret", "pbkdf2")
 
@@ -96,8 +96,21 @@ async def test_rules_alone_know_nobody_and_refuse_nobody(tmp_path: Path) -> None
     (tmp_path / "acl").write_text("{allow, all}.\n")
     files = await open_file(FileConfig(rules=tmp_path / "acl"))
     assert await files.authenticate(Client("c", "alice"), b"secret") is Verdict.IGNORE
-    assert await files.rules(Client("c", "alice")) == Grant()
+    assert files.rules is None
     await files.close()
+
+
+async def test_rules_alone_do_not_hide_the_rights_of_a_certificate(login: Any, tmp_path: Path) -> None:
+    (tmp_path / "acl").write_text("topic a\n")
+    files = await open_file(FileConfig(rules=tmp_path / "acl"))
+
+    class Users(Fake):
+        async def rules(self, client: Client) -> Grant | None:
+            return Grant(superuser=True) if client.username == "root" else None
+
+    log = await login(instance("files", files), instance("users", Users(Verdict.IGNORE)))
+    assert (await log(None, None, "c", username="root")).principal.superuser
+    assert (await log(None, None, "d", username="nobody")).code == 0x87
 
 
 def test_a_table_without_files_is_refused() -> None:

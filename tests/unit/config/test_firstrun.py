@@ -57,7 +57,7 @@ def test_every_example_loads_but_for_the_files_it_asks_for(path: Path, tmp_path:
     shutil.copy(path, tmp_path / "conf.d" / path.name.removesuffix(".example"))
     (tmp_path / "conf.d" / "00.toml").write_text("[access]\n")
     (tmp_path / "secrets").mkdir()
-    for secret in ("ldap", "hq"):
+    for secret in ("ldap", "hq", "panel", "sensor-1"):
         (tmp_path / "secrets" / secret).write_text("x")
     missing = {"tls/server.pem", "tls/server.key", "tls/devices-ca.pem"}
     try:

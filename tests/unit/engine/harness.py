@@ -44,11 +44,14 @@ class Link:
 
 
 class Gate:
-    """Answers from dictionaries a test fills: `deny_publish`, `deny_subscribe`, `deny_receive` hold (user, topic)."""
+    """Answers from dictionaries a test fills: `deny_publish`, `deny_subscribe`, `deny_receive` hold (user, topic);
+    `partly` holds which packets may be published nevertheless, `subscribe_qos` which QoS a filter may have."""
 
     def __init__(self) -> None:
         self.deny_publish: set[tuple[str | None, str]] = set()
         self.deny_subscribe: set[tuple[str | None, str]] = set()
+        self.partly: dict[tuple[str | None, str], int] = {}
+        self.subscribe_qos: dict[tuple[str | None, str], set[int]] = {}
         self.deny_receive: set[tuple[str | None, str]] = set()
         self.refuse: dict[str | None, int] = {}
         self.pending: dict[str, tuple[Any, Any]] = {}
@@ -78,10 +81,16 @@ class Gate:
 
     def may_publish(self, principal: Any, topic: str) -> int:
         self.asked += 1
-        return int((principal.username, topic) not in self.deny_publish)
+        key = (principal.username, topic)
+        return int(key not in self.deny_publish and key not in self.partly)
 
-    def may_subscribe(self, principal: Any, filter: str) -> int:
-        return int((principal.username, filter) not in self.deny_subscribe)
+    def publishable(self, principal: Any, topic: str) -> int:
+        key = (principal.username, topic)
+        return 0 if key in self.deny_publish else self.partly.get(key, 0b111111)
+
+    def may_subscribe(self, principal: Any, filter: str, qos: int) -> int:
+        key = (principal.username, filter)
+        return int(key not in self.deny_subscribe and qos in self.subscribe_qos.get(key, {0, 1, 2}))
 
     def may_receive(self, principal: Any, topic: str) -> int:
         return int((principal.username, topic) not in self.deny_receive)

@@ -38,9 +38,9 @@ class Broken(Gate):
             self._check("may_publish")
         return super().may_publish(principal, topic)
 
-    def may_subscribe(self, principal: Any, filter: str) -> int:
+    def may_subscribe(self, principal: Any, filter: str, qos: int) -> int:
         self._check("may_subscribe")
-        return super().may_subscribe(principal, filter)
+        return super().may_subscribe(principal, filter, qos)
 
     def may_receive(self, principal: Any, topic: str) -> int:
         if topic.startswith("t"):

@@ -1,0 +1,192 @@
+"""Rows of a table in MySQL or MariaDB: typed columns, a message delivered twice is stored once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from asyncmy import errors
+
+from broker.config.template import Template
+from broker.connectors import sql_values as to
+from broker.connectors.mysql import BROKEN, GONE, MySqlPool, MySqlServer, describe, say
+from broker.connectors.sql import Link, Lost
+from broker.connectors.sql_sink import Poison, TableConfig, TableSink, choose_key
+from broker.extend.auth import BackendUnavailable
+from broker.extend.registry import Backend
+from broker.extend.sink import Fatal
+
+_SIZES = (4096, 512, 64, 8, 1)  # rows of the statements that are prepared
+_MOST_VALUES = 65_535  # of one statement: its protocol counts them in two bytes
+_POISON = frozenset({
+    1048, 1062, 1216, 1264, 1265, 1292, 1366, 1367, 1406, 1411, 1416, 1452, 1526, 1644, 1690, 3140, 3141, 3156, 3819,
+    3903, 4025,
+})  # fmt: skip
+"""A null, a value out of range or too long, no JSON, a CHECK, a foreign key, a trigger that says no."""
+_LATER = frozenset({3, 1021, 1028, 1030, 1037, 1038, 1040, 1041, 1114, 1180, 1203, 1205, 1206, 1213, 1226, 1317, 1969,
+                    3024})  # fmt: skip
+"""No room, no memory, a lock, a deadlock, too late."""
+_ELSEWHERE = frozenset({1290, 1792, 1836})
+"""A server that only reads: after a switch another one is asked."""
+_FATAL = frozenset({1044, 1045, 1046, 1049, 1054, 1064, 1142, 1143, 1146, 1227, 1347, 1348, 1364, 1471})
+_ROW = re.compile(r"at row ([0-9]+)$")
+_WHOLE = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
+_BINARY = frozenset({"binary", "varbinary", "tinyblob", "blob", "mediumblob", "longblob"})
+
+
+class MysqlConfig(TableConfig, MySqlServer):
+    """`[sinks.mysql]`"""
+
+
+class Mysql(TableSink):
+    """Reads the table's columns once, then one transaction of multi-row INSERTs for a batch."""
+
+    def __init__(self, config: MysqlConfig, pool: MySqlPool) -> None:
+        super().__init__(config, pool)
+        self._config = config
+        schema, _, self._name = config.table.rpartition(".")
+        self._schema = schema or None
+        self._table = ".".join(map(_quoted, config.table.split(".")))
+        self._names = list(config.columns)
+        self._key: tuple[str, ...] = ()
+        self._look_again = False
+        self._again = ""
+        self._largest = 1 << 20
+
+    async def _plan(self, link: Any, explain: bool) -> list[to.Cell]:
+        config = self._config
+        try:
+            found, unique, other = await describe(link, self._schema, self._name)
+            cells = self._cells_of(found)
+            self._key = choose_key(config, unique)
+            ours = frozenset(self._names)
+            self._look_again = bool(self._key) and any(
+                set(columns) != set(self._key) and columns & ours for columns in [*unique, *other]
+            )
+            self._again = self._on_conflict()
+            [[self._largest]] = await link.ask("SELECT @@max_allowed_packet")
+            if explain:  # which also looks at the rights
+                await link.ask(f"EXPLAIN {self._statement(1)}", (None,) * len(cells))
+        except (errors.MySQLError, *BROKEN) as error:
+            raise self._sorted(error, link, 0) from None
+        return cells
+
+    def _cells_of(self, found: dict[str, Any]) -> list[to.Cell]:
+        table = self._config.table
+        if not found:
+            raise Fatal(f"there is no table {table}, or it is not ours to see")
+        cells = []
+        for name, template in self._config.columns.items():
+            if name not in found:
+                raise Fatal(f"table {table} has no column {name}: add it or change `columns`")
+            kind, whole_type, nullable, extra = found[name]
+            if "GENERATED" in extra.upper() and "DEFAULT_GENERATED" not in extra.upper():
+                raise Fatal(f"the database itself makes the values of column {name} of table {table}")
+            required = nullable == "NO" and "auto_increment" not in extra
+            cells.append(to.Cell(name, template, _converter(kind, whole_type, template), required))
+        return cells
+
+    def _on_conflict(self) -> str:
+        if self._config.on_conflict == "error":
+            return ""
+        rest = [name for name in self._names if name not in self._key]
+        if self._config.on_conflict == "update" and rest:
+            news = ", ".join(f"{_quoted(name)} = VALUES({_quoted(name)})" for name in rest)
+            return f" ON DUPLICATE KEY UPDATE {news}"
+        same = _quoted(
+            (self._key or tuple(self._names))[0]
+        )  # not INSERT IGNORE, which would hide values that do not fit
+        return f" ON DUPLICATE KEY UPDATE {same} = {same}"
+
+    def _statement(self, count: int) -> str:
+        row = f"({', '.join('?' * len(self._names))})"
+        names = ", ".join(map(_quoted, self._names))
+        return f"INSERT INTO {self._table} ({names}) VALUES {', '.join([row] * count)}{self._again}"
+
+    async def _put(self, link: Any, rows: Sequence[to.Row]) -> None:
+        parts = list(self._parts(rows))
+        start = 0
+        try:
+            if len(parts) > 1:
+                await link.driver.begin()
+            try:
+                for part in parts:
+                    statement = await link.prepared(self._statement(len(part)))
+                    result = await statement.execute([value for row in part for value in row])
+                    if self._look_again and result.affected_rows < len(part):
+                        await self._must_be_there(link, part, start)
+                    start += len(part)
+                if len(parts) > 1:
+                    await link.driver.commit()
+            except (Poison, errors.MySQLError):
+                await link.driver.rollback()
+                raise
+        except (errors.MySQLError, *BROKEN) as error:
+            raise self._sorted(error, link, start) from None
+
+    def _parts(self, rows: Sequence[to.Row]) -> Iterator[Sequence[to.Row]]:
+        """Parts of as many rows as there are statements for, each below the server's largest packet."""
+        sizes = [size for size in _SIZES if size * len(self._names) <= _MOST_VALUES]
+        lengths = [sum(map(_length, row)) for row in rows]
+        room = self._largest - 4096 - 16 * len(self._names) * sizes[0]
+        start = 0
+        while start < len(rows):
+            size = next(size for size in sizes if size <= len(rows) - start)
+            while size > 1 and sum(lengths[start : start + size]) > room:
+                size = sizes[sizes.index(size) + 1]
+            if size == 1 and lengths[start] > self._largest - 1024:
+                raise Poison(f"{lengths[start]} bytes are more than the server's max_allowed_packet", start)
+            yield rows[start : start + size]
+            start += size
+
+    async def _must_be_there(self, link: Any, part: Sequence[to.Row], start: int) -> None:
+        """Poison for a row whose key is not in the table: another unique index refused it, silently."""
+        places = [self._names.index(name) for name in self._key]
+        test = " AND ".join(f"{_quoted(name)} = ?" for name in self._key)
+        for number, row in enumerate(part):
+            if not await link.ask(f"SELECT 1 FROM {self._table} WHERE {test}", [row[i] for i in places]):
+                raise Poison("another unique index holds such a row already", start + number)
+
+    def _sorted(self, error: BaseException, link: Link, start: int) -> Exception:
+        where = f"MySQL at {link.place}: {say(error)}"
+        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+        if not isinstance(error, errors.MySQLError) or isinstance(error, errors.InterfaceError):
+            return Lost(where)
+        if code in GONE or code in _ELSEWHERE:
+            return Lost(where)
+        if code in _POISON:
+            row = _ROW.search(say(error))
+            return Poison(say(error), start + int(row[1]) - 1 if row else None)
+        if code in _LATER:
+            return BackendUnavailable(where)
+        return Fatal(f"{where} ({self._config.table})") if code in _FATAL else RuntimeError(where)
+
+
+def _converter(kind: str, whole_type: str, template: Template) -> to.Convert:
+    if bits := _WHOLE.get(kind):
+        half = 1 << (bits - 1)
+        return to.whole(0, 2 * half - 1) if "unsigned" in whole_type else to.whole(-half, half - 1)
+    if kind in _BINARY:
+        return to.packed_hex if template.text == "${msgid}" else to.binary
+    if kind == "json" and not to.is_json_text(template):
+        return to.json_value
+    known = {"float": to.real(3.4e38), "double": to.real(), "decimal": to.decimal_text, "date": to.day_text}
+    return known.get(kind) or (to.moment_text if kind in ("datetime", "timestamp") else to.text)
+
+
+def _length(value: Any) -> int:
+    if type(value) is str:
+        return len(value) if value.isascii() else len(value.encode())
+    return len(value) if type(value) is bytes else 8
+
+
+def _quoted(name: str) -> str:
+    return f"`{name}`"
+
+
+async def open_mysql(config: MysqlConfig) -> Mysql:
+    return Mysql(config, MySqlPool(config, size=config.lanes + 1, timeout=config.timeout, writes=True))
+
+
+BACKEND = Backend("sinks.mysql", MysqlConfig, open_mysql, extra="mysql")

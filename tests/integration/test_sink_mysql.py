@@ -1,0 +1,163 @@
+"""Rows in a real MariaDB, also through a faulty network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any, ClassVar
+
+import pytest
+
+from broker.extend.registry import Backend
+from broker.extend.sink import BatchFailed, Fatal
+from sinks.mysql import BACKEND
+from tests.integration.sql_sink_suite import SqlSinkSuite, deliver, record, records
+from tests.sql_servers import Mariadb, SqlServer, mariadb, or_skip
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Mariadb]:
+    with or_skip("mariadb", mariadb) as server:
+        yield server
+
+
+@pytest.fixture
+def own_server() -> Iterator[Mariadb]:
+    with or_skip("mariadb", mariadb) as server:
+        server.pid  # noqa: B018 (a server given by address cannot be stopped)
+        yield server
+
+
+class TestMysql(SqlSinkSuite):
+    backend: ClassVar[Backend] = BACKEND
+    readings: ClassVar[str] = (
+        "create table readings (n int auto_increment primary key, msgid char(32) unique, time datetime(3), "
+        "device varchar(200), value float not null check (value < 1000), unit varchar(8)) default charset=utf8mb4"
+    )
+
+    async def lock(self, server: SqlServer, database: str, seconds: float) -> None:
+        await server.execute("lock tables readings write", f"select sleep({seconds})", database=database)
+
+    def reader(self, database: str) -> tuple[str, ...]:
+        return (
+            "create or replace user reader@'%' identified by 'reader-pw'",
+            f"grant select on {database}.readings to reader@'%'",
+        )
+
+    async def test_types_of_mysql(self, open: Any, server: Mariadb) -> None:
+        database = await server.create(
+            "create table t (id binary(16) primary key, small tinyint unsigned, big bigint unsigned, "
+            "exact decimal(10, 2), yes boolean, raw blob, whole json, at datetime(6), day date, "
+            "feeling enum('good', 'bad'), words text, "
+            "name varchar(200)) default charset=utf8mb4"
+        )
+        columns = {
+            "id": "${msgid}", "small": "${qos}", "big": "${payload.big}", "exact": "${payload.exact}",
+            "yes": "${retain}", "raw": "${payload}", "whole": "${payload}", "at": "${payload.at}", "day": "${ts}",
+            "feeling": "${payload.mood}", "words": "${payload.words}", "name": "${topic[0]}/${clientid}",
+        }  # fmt: skip
+        sink = await open(database, table=f"{database}.t", columns=columns)
+        await sink.check()
+        payload = {
+            "big": (1 << 64) - 1,
+            "exact": 0.25,
+            "at": "2026-02-03T04:05:06.5+01:00",
+            "mood": "bad",
+            "words": [1, "x"],
+        }
+        await sink.write([record(255, payload), record(256, {}, clientid=None)])
+        await sink.write([record(255, payload)])
+        [first, second] = [dict(zip(columns, row, strict=True)) for row in await server.execute(
+            f"select {', '.join(columns)} from t order by id", database=database)]  # fmt: skip
+        assert (first["id"], first["small"], first["big"]) == ((255).to_bytes(16, "big"), 1, (1 << 64) - 1)
+        assert (first["exact"], first["yes"], first["raw"][:6]) == (Decimal("0.25"), 0, b'{"big"')
+        assert '"exact": 0.25' in first["whole"]
+        assert (first["at"], first["day"]) == (datetime(2026, 2, 3, 3, 5, 6, 500_000), date(2023, 11, 14))
+        assert (first["feeling"], first["words"], first["name"]) == ("bad", '[1,"x"]', "telemetry/dev-5")
+        assert {name for name, value in second.items() if value is None} == {"big", "exact", "at", "feeling", "words"}
+
+    async def test_s07_what_only_the_server_can_refuse(self, open: Any, server: Mariadb, database: str) -> None:
+        """S-07: no JSON, no such member of an enumeration, a number out of range, a text its character set lacks. None
+        of it is stored as something else with a warning."""
+        await server.execute(
+            "alter table readings add column body json, add column mood enum('good', 'bad'), "
+            "add column narrow decimal(4, 1), add column old varchar(20) character set latin1",
+            database=database,
+        )
+        columns = {"msgid": "${msgid}", "value": "1", "body": "${payload}", "mood": "${user_property.mood}",
+                   "narrow": "${user_property.narrow}", "old": "${user_property.old}"}  # fmt: skip
+        sink = await open(database, columns=columns)
+        for count in (12, 900):
+            await server.execute("delete from readings", database=database)
+            batch = records(*range(count))
+            batch[4] = record(4, b"{no json")
+            batch[7].user_properties = [("mood", "indifferent")]
+            batch[8].user_properties = [("narrow", "123456")]
+            batch[9].user_properties = [("mood", "good"), ("narrow", "12.3"), ("old", "\u00e4")]
+            batch[10].user_properties = [("old", "\u4e2d")]
+            with pytest.raises(BatchFailed) as failed:
+                await sink.write(batch)
+            assert list(failed.value.failed) == [4, 7, 8, 10], failed.value.failed
+            rows = await server.execute("select mood, narrow, old from readings order by msgid", database=database)
+            assert len(rows) == count - 4
+            assert rows[6] == ("good", Decimal("12.3"), "\u00e4")
+
+    async def test_a_batch_larger_than_a_packet_is_sent_in_parts(
+        self, open: Any, server: Mariadb, database: str
+    ) -> None:
+        [(before,)] = await server.execute("select @@max_allowed_packet")
+        await server.execute("alter table readings add column body mediumtext", database=database)
+        await server.execute("set global max_allowed_packet = 1048576")
+        try:
+            sink = await open(database, columns={"msgid": "${msgid}", "value": "1", "body": "${payload}"})
+            await sink.write(records(*range(40), payload=b"x" * 100_000))
+            assert len(await self.stored(server, database)) == 40
+            batch = records(*range(40, 60), payload=b"y")
+            batch[7] = record(47, b"z" * (3 << 20))
+            with pytest.raises(BatchFailed) as failed:
+                await sink.write(batch)
+            assert list(failed.value.failed) == [7]
+            assert len(await self.stored(server, database)) == 59
+        finally:
+            await server.execute(f"set global max_allowed_packet = {before}")
+
+    async def test_what_the_driver_would_send_differently_is_sent_as_it_is(
+        self, open: Any, server: Mariadb, database: str
+    ) -> None:
+        """One column, nulls and values in turn, in statements of several sizes."""
+        sink = await open(database, columns={"msgid": "${msgid}", "value": "1", "device": "${payload.a}"})
+        values = [None, "x", 5, True, 1.5, None, {"b": None}, "", "0"] * 80
+        await sink.write([record(n, {"a": value}) for n, value in enumerate(values)])
+        rows = await self.stored(server, database)
+        assert [row[0] for row in rows] == [None, "x", "5", "true", "1.5", None, '{"b":null}', "", "0"] * 80
+
+    async def test_a_generated_column_is_refused(self, open: Any, server: Mariadb) -> None:
+        database = await server.create("create table readings (msgid char(32) primary key, n int as (1 + 1))")
+        sink = await open(database, columns={"msgid": "${msgid}", "n": "1"})
+        with pytest.raises(Fatal, match="makes the values of column n"):
+            await sink.check()
+
+    async def test_an_index_of_a_prefix_is_no_key(self, open: Any, server: Mariadb) -> None:
+        database = await server.create("create table readings (msgid varchar(40), value float, unique (msgid(8)))")
+        sink = await open(database, columns={"msgid": "${msgid}", "value": "1"})
+        with pytest.raises(Fatal, match="is not unique"):
+            await sink.check()
+
+    async def test_a_server_that_only_reads_is_tried_again(self, open: Any, server: Mariadb, database: str) -> None:
+        await server.execute(
+            "create or replace user writer@'%' identified by 'writer-pw'",
+            f"grant all on {database}.* to writer@'%'",
+            "set global read_only = 1",
+        )
+        sink = await open(database, dsn=server.dsn(database, user="writer"), password="writer-pw")
+
+        async def mend() -> None:
+            await asyncio.sleep(0.3)
+            await server.execute("set global read_only = 0")
+
+        mending = asyncio.create_task(mend())
+        assert await deliver(sink, records(0)) >= 1
+        await mending
+        assert await self.values(server, database) == [0]

@@ -1,0 +1,233 @@
+"""A sink is away for an hour, a fleet of devices for longer: nothing is lost, memory stays, others do not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broker.client.connection import Connection, Handler
+from broker.mqtt.packets import Publish
+from tests.broker import Broker, broker
+from tests.ledger import Ledger
+from tests.servers import PATIENCE
+from tests.system import fleet, resilience
+from tests.system.durability import ROOM, store_bytes
+from tests.system.fleet import Flood
+from tests.system.resilience import SLOWEST, SOAK, Canary, Stream, command, eventually, rss, url
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_800 if SOAK else 240)]
+
+GROWTH = 128 << 20
+"""Bytes a process may grow by during an outage."""
+
+SINK = resilience.STORE + 'busy_timeout = "0.2s"\n'
+
+
+class Growth:
+    """The most that processes have grown by since this was made."""
+
+    def __init__(self, pids: dict[str, int]) -> None:
+        self._pids = pids
+        self._before = {name: rss(pid) for name, pid in pids.items()}
+        self.most = dict.fromkeys(pids, 0)
+
+    def look(self) -> None:
+        for name, pid in self._pids.items():
+            self.most[name] = max(self.most[name], rss(pid) - self._before[name])
+
+    async def watch(self) -> None:
+        """Look five times a second, until cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(0.2)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} +{grown / (1 << 20):.1f} MiB" for name, grown in self.most.items())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Somebody else writes to the database and does not stop."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("begin exclusive")
+        yield
+        db.execute("rollback")
+
+
+@contextlib.asynccontextmanager
+async def meanwhile(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run these coroutines until the block ends."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
+
+
+async def push(stream: Stream, count: int) -> None:
+    """Send so many as fast as they are acknowledged."""
+    goal = stream.sent + count
+    while stream.sent < goal and not stream.lost:
+        while stream.sent < goal and stream.send():
+            pass
+        await asyncio.sleep(0.002)
+    await stream.settle(60)
+
+
+async def test_s01_t14_an_hour_without_the_sink_loses_nothing_and_costs_no_memory(tmp_path: Path) -> None:
+    """S-01, T14, T15: an hour of 500 messages a second (two minutes in the short form), sent as fast as they go."""
+    count = 1_800_000 if SOAK else 60_000
+    ledger = Ledger()
+    with broker(tmp_path, {"00-broker.toml": ROOM, "30-sink.toml": SINK}) as running:
+        to = url(running)
+        await asyncio.to_thread(resilience.wait_running, running, "sinks", "store")
+        stream = await Stream([ledger], "device", "telemetry/x", 0).open(to)
+        await push(stream, 5_000)
+        await eventually(lambda: resilience.row_count(running) == 5_000, "the first rows", 30, 0.1)
+        canary = await Canary.open(to)
+        worker = next(pid for pid in running.pids() if pid != running.pid)
+        growth = Growth({"broker": running.pid, "worker": worker})
+        with locked(running.where / "telemetry.db"):
+            began = time.monotonic()
+            async with meanwhile(growth.watch(), canary.sing(3_600)):
+                await push(stream, count)
+            took = time.monotonic() - began
+            status = (await command(running, "status"))["sinks"]["store"]
+            assert status["queued"] >= count, status
+            assert status["acked"] == 5_000, "the sink was not away"
+            size = store_bytes(running)
+        speed = f"{took:.1f} s ({count / took:.0f}/s)"
+        print(f"{count} messages without a sink in {speed}, {size >> 20} MiB of store; {growth}")
+        began = time.monotonic()
+        live = stream.sent
+
+        async def gone() -> bool:
+            return bool((await command(running, "status"))["sinks"]["store"]["queued"] <= 100)
+
+        stream.rate = 500
+        async with meanwhile(growth.watch(), canary.sing(3_600), stream.run(3_600)):
+            await eventually(gone, "the end of the backlog", 900, 0.1)
+        took = time.monotonic() - began
+        await stream.settle(60)
+        print(f"drained in {took:.1f} s ({count / took:.0f}/s) beside {stream.sent - live} live messages; {growth}")
+        print(f"canary: {len(canary.trips)} trips, slowest {canary.slowest * 1000:.0f} ms")
+        print(f"{store_bytes(running) >> 20} MiB of store at the end")
+        await eventually(lambda: resilience.row_count(running) >= stream.acknowledged, "every row", 60, 0.2)
+        resilience.fill(ledger, await asyncio.to_thread(resilience.rows, running))
+        report = ledger.check()
+        assert report.acknowledged == stream.sent >= count + 5_000
+        assert max(growth.most.values()) <= GROWTH, growth
+        assert canary.slowest <= 1 * PATIENCE
+        assert count / took >= 2_500 / PATIENCE
+
+
+# --- a fleet ---------------------------------------------------------------------------------------------------------
+
+
+SESSIONS = 100_000 if SOAK else 10_000
+GROUP = 10
+EACH = 10
+
+
+async def wait_for(process: subprocess.Popen[str], seconds: float) -> str:
+    """The end of a fleet's process, and what it said."""
+    try:
+        said, _ = await asyncio.to_thread(process.communicate, timeout=seconds * PATIENCE)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert process.returncode == 0, said
+    return said.strip()
+
+
+async def work(running: Broker, what: str, canary: Canary, seconds: float) -> str:
+    """One verb of `fleet` while the canary sings; what it said and the slowest round trip."""
+    before = len(canary.trips)
+    async with meanwhile(canary.sing(3_600)):
+        said = await wait_for(fleet.start(what, running.port, SESSIONS, GROUP, EACH), seconds)
+    trips = sorted(canary.trips[before:])
+    median = trips[len(trips) // 2]
+    return f"{said}; canary: {len(trips)} trips, slowest {trips[-1] * 1000:.0f} ms, median {median * 1000:.1f} ms"
+
+
+async def live_rate(running: Broker, seconds: float) -> float:
+    """QoS 0 messages a second from one client to another, as many as go."""
+    heard = 0
+
+    class Ear(Handler):
+        def on_publish(self, conn: Connection, publish: Publish) -> None:
+            nonlocal heard
+            heard += 1
+
+    listening = await Connection.connect(url(running), client_id="live-ear", handler=Ear())
+    await listening.subscribe([("live/#", 0)])
+    speaking = await Connection.connect(url(running), client_id="live-mouth", handler=Handler())
+    began = time.monotonic()
+    sent = 0
+    while time.monotonic() - began < seconds:
+        for _ in range(100):
+            speaking.publish("live/x", b"0" * 64)
+        sent += 100
+        await speaking.ping()
+    await listening.ping()
+    took = time.monotonic() - began
+    listening.abort()
+    speaking.abort()
+    assert heard == sent
+    return heard / took
+
+
+async def test_d22_t20_a_fleet_that_is_away_is_kept_started_with_and_given_its_messages(tmp_path: Path) -> None:
+    """D-22, T20, T12: the canary while its sessions are made and filled, the start after a kill, and the draining."""
+    with broker(tmp_path, {"00-broker.toml": ROOM}) as running:
+        canary = await Canary.open(url(running))
+        print(await work(running, "make", canary, 600))
+        made = await work(running, "fill", canary, 600)
+        print(made)
+        loading = canary.slowest
+        kept = ((f"kept/{n}", b"kept|%d|" % n + b"x" * 50) for n in range(SESSIONS))
+        codes = await Flood().run(url(running), kept, retain=True)
+        assert codes == {0: SESSIONS}
+        status = await command(running, "status")
+        assert status["retained"] == SESSIONS
+        memory = rss(running.pid)
+        print(f"{memory >> 20} MiB of memory, {store_bytes(running) >> 20} MiB of store")
+        running.stop(signal.SIGKILL)
+        began = time.monotonic()
+        running.start(seconds=60)
+        ready = time.monotonic() - began
+        canary = await Canary.open(url(running))
+        await canary.sing(10 if SOAK else 3)
+        print(f"ready in {ready:.1f} s with {rss(running.pid) >> 20} MiB; then slowest {canary.slowest * 1000:.0f} ms")
+        after = canary.slowest
+        found = f"sessions={SESSIONS} queued={SESSIONS * EACH} retained={SESSIONS} lost=0"
+        assert found in running.log()
+        alone = await live_rate(running, 5 if SOAK else 1)
+        draining = fleet.start("drain", running.port, SESSIONS, GROUP, EACH)
+        await asyncio.sleep(1)
+        rates: list[float] = []
+        while draining.poll() is None and len(rates) < 300:
+            rates.append(await live_rate(running, 1))
+        print(await wait_for(draining, 600))
+        beside = sorted(rates)[len(rates) // 2] if rates else 0.0
+        print(f"live traffic: {alone:.0f}/s alone, {beside:.0f}/s (median of {len(rates)} s) while they drain")
+        status = await command(running, "status")
+        left = sum(row["queued"] for row in await command(running, "clients.list"))
+        assert status["sessions"] >= SESSIONS
+        assert left == 0
+        assert ready <= 30 * PATIENCE
+        assert after <= SLOWEST
+        assert loading <= SLOWEST
