@@ -881,8 +881,6 @@ def kafka_home() -> Path:
     """Where jars, start archive and formatted folder are kept; made by `install_kafka` on first use."""
     if not any((KAFKA_HOME / "libs").glob("kafka_2.13-*.jar")):
         raise Absent(f"Apache Kafka is not in {KAFKA_HOME} (make servers), TEST_KAFKA is not set")
-    if not any(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")):
-        wanted.append("libfaketime")
     if program("java") is None:
         raise Absent("Apache Kafka needs Java 17: apt-get install default-jre-headless")
     return KAFKA_HOME
@@ -1065,6 +1063,8 @@ def required() -> set[str]:
 def install_packages() -> bool:
     """Debian packages of the servers, Java and Maven; True when everything is there afterwards."""
     wanted = [package for tool, package in PACKAGES.items() if program(tool) is None]
+    if not any(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")):
+        wanted.append("libfaketime")
     if program("java") is None:
         wanted.append("default-jre-headless")
     if program("mvn") is None and not any((KAFKA_HOME / "libs").glob("kafka_2.13-*.jar")):
