@@ -123,7 +123,7 @@ def test_check_flags_accepts_exactly_the_first_bytes_of_the_specification(wire: 
 
 @pytest.mark.parametrize(
     ("code", "answer"),
-    [(0, 0), (0x84, 1), (0x85, 2), (0x88, 3), (0x89, 3), (0x86, 4), (0x87, 5), (0x8A, 5), (0x9F, 5), (2, 2)],
+    [(0, 0), (0x84, 1), (0x85, 2), (0x88, 3), (0x89, 3), (0x86, 4), (0x87, 5), (0x8A, 5), (0x97, 3), (0x9F, 3), (2, 2)],
 )
 def test_a_connack_of_3x_carries_the_nearest_return_code(wire: Wire, code: int, answer: int) -> None:
     assert wire.packets.encode_connack(4, False, code) == bytes((0x20, 2, 0, answer))
