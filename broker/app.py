@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 TICK = 0.25
 """Seconds between two looks at keep-alives, deadlines and expiries."""
+MEMORY = 0.05
+"""Seconds between two looks at the memory in use: publishers at line rate fill a gigabyte a second."""
 DRAIN = 10.0
 """Seconds a stop may take."""
 WRITING = 3.0
@@ -128,6 +130,7 @@ class Broker:
         self.control_path = self._data / "control.sock"
         self._control = ControlServer(self.control_path, Commands(self).table())
         self._ticker: asyncio.TimerHandle | None = None
+        self._watcher: asyncio.TimerHandle | None = None
         self._memory = memory.MemoryWatch(settings.broker.max_memory)
 
     def _report(self, category: str, text: str) -> None:
@@ -154,6 +157,7 @@ class Broker:
         await self.listeners.apply(settings.listeners)
         await self._control.start()
         self._tick()
+        self._watch_memory()
         gc.collect()
         gc.freeze()
         log.info("broker %s is up; %s", settings.broker.name, LOSS[settings.broker.durability])
@@ -217,10 +221,10 @@ class Broker:
 
     def _tick(self) -> None:
         self.engine.tick(self._loop.time(), int(time.time() * 1000))
-        self._watch_memory()
         self._ticker = self._loop.call_later(TICK, self._tick)
 
     def _watch_memory(self) -> None:
+        self._watcher = self._loop.call_later(MEMORY, self._watch_memory)
         before = self._memory.level
         level = self._memory.look()
         if level != before:
@@ -253,8 +257,9 @@ class Broker:
             log.info("%d messages for %s wait in the store until the next start", left, name)
         clean = await self._close_store() and clean
         await self._control.close()
-        if self._ticker is not None:
-            self._ticker.cancel()
+        for timer in (self._ticker, self._watcher):
+            if timer is not None:
+                timer.cancel()
         self._node.release()
         return clean
 

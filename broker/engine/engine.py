@@ -906,8 +906,9 @@ class Engine:
             self._takeovers = {k: v for k, v in self._takeovers.items() if v[0] >= second - 1}
 
     def press(self, level: int) -> None:
-        """Called with every tick: how short memory is. 1: clients that publish are read a quarter of the time; 2: a
-        sixteenth of it, and new clients are refused with 0x89. Subscribers are read always: they free memory."""
+        """Called some twenty times a second while memory is short. 1: clients that publish are read a quarter of the
+        time; 2: a sixteenth of it, and new clients are refused with 0x89. Subscribers are read always: they free
+        memory."""
         self.pressure = level
         self._turns += 1
         if level and self._turns % (4 if level == 1 else 16):
