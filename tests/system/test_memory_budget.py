@@ -42,11 +42,14 @@ async def test_r06_publishers_are_held_back_before_memory_runs_out(tmp_path: Pat
             with contextlib.suppress(OSError, ConnectionError):
                 conn = await Connection.connect(to, client_id=f"loud-{number}", handler=Handler())
                 ident = 0
-                while not stop.is_set():
-                    ident = ident % 60_000 + 1
-                    conn.publish(b"data/x", PAYLOAD, qos=1, packet_id=ident)
-                    await conn.drain()
-                    await asyncio.sleep(0)
+                try:
+                    while not stop.is_set():
+                        ident = ident % 60_000 + 1
+                        conn.publish(b"data/x", PAYLOAD, qos=1, packet_id=ident)
+                        await conn.drain()
+                        await asyncio.sleep(0)
+                finally:
+                    conn.abort()
 
         loud = [asyncio.create_task(publish(number)) for number in range(PUBLISHERS)]
         most, refused = 0, False
@@ -74,3 +77,4 @@ async def test_r06_publishers_are_held_back_before_memory_runs_out(tmp_path: Pat
         assert most < BUDGET * 1.5
         for consumer in consumers:
             consumer.abort()
+        await asyncio.sleep(0.1)  # until their transports are closed
