@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 MODE = os.environ.get("ISTHMUS_COMPILE", "try")
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": False,
-    "wraparound": True,  # `parts[-1]` stays what it says; what is hot goes through pointers
+    "boundscheck": True,  # peers and disks lie about lengths; what is hot goes through pointers, behind checks of its own
+    "wraparound": True,  # `parts[-1]` stays what it says
     "annotation_typing": False,  # types come from the .pxd alone
     "initializedcheck": False,
     "cdivision": True,

@@ -902,6 +902,22 @@ def test_messages_come_back_as_they_were(
     assert records.describe(kind, body)["topic"] == topic
 
 
+@pytest.mark.parametrize("count", [1, 2, 300, 65_535])
+@pytest.mark.parametrize("bits", [b"\x01", b"\x09", b"\xff"])
+def test_a_message_that_claims_more_receivers_than_it_holds_is_refused(count: int, bits: bytes) -> None:
+    """D-11: never read beyond a record, on the compiled build neither."""
+    message = Message(b"t", b"", 1, False, b"", 0.0, None)
+    taker = records.encode_taker(1, 1, 1, False, None)[:-1] + bits
+    record = records.encode_put(message, False, 0, 0, 0, count, taker * (count // 2), b"")
+    ((_, _, body),) = records.iterate(record)
+    with pytest.raises(records.RecordError):
+        records.put_topic(body)
+    with pytest.raises(records.RecordError):
+        records.decode_takers(body)
+    with pytest.raises(records.RecordError):
+        records.decode_message(body, 0.0, 0, {})
+
+
 @given(st.integers(1, 1 << 31), numbers, st.lists(numbers, max_size=9), st.lists(st.integers(1, 65535)), names)
 def test_small_records_come_back_as_they_were(
     session: int, floor: int, seqs: list[int], idents: list[int], name: str
