@@ -235,6 +235,61 @@ async def test_p56_a_client_id_that_twenty_want_has_one_owner_at_a_time_and_cost
         canary.conn.abort()
 
 
+# --- P-41 ------------------------------------------------------------------------------------------------------------
+
+
+class Collector(Handler):
+    """Keeps every payload; completes QoS 2 by itself."""
+
+    def __init__(self) -> None:
+        self.payloads: list[bytes] = []
+
+    def on_publish(self, conn: Connection, publish: Publish) -> None:
+        self.payloads.append(publish.payload)
+
+
+async def test_p41_one_identifier_a_hundred_thousand_times_is_one_message(tmp_path: Path) -> None:
+    count, batch = 100_000, 1_000
+    pubrec = b"\x50\x02\x00\x07"
+    with broker(tmp_path, {"00-broker.toml": OPEN}) as running, crowd() as sockets:
+        collector = Collector()
+        subscriber = await Connection.connect(resilience.url(running), client_id="s", handler=collector)
+        assert await subscriber.subscribe([("t", 0)]) == [0]
+        publisher = dial(running.port)
+        sockets.append(publisher)
+        publisher.sendall(packets.encode_connect(packets.Connect(version=4, clean_start=True, client_id="p")))
+        assert take(publisher, 4) == b"\x20\x02\x00\x00"
+
+        def repeat(start: int) -> None:
+            numbers = range(start, start + batch)
+            publisher.sendall(b"".join(b"\x34\x0b\x00\x01t\x00\x07%06d" % n for n in numbers))
+            assert take(publisher, 4 * batch) == pubrec * batch
+
+        repeat(0)
+        before = rss(running.pid)
+        for start in range(batch, count, batch):
+            await asyncio.to_thread(repeat, start)
+        growth = rss(running.pid) - before
+        publisher.sendall(b"\x62\x02\x00\x07")
+        assert take(publisher, 4) == b"\x70\x02\x00\x07"
+        publisher.sendall(b"\x30\x07\x00\x01tlast")
+        await eventually(lambda: b"last" in collector.payloads, "what was sent behind it")
+        print(f"P-41: {count} times one identifier, memory {growth / 1e6:+.1f} MB")
+        assert collector.payloads == [b"000000", b"last"]
+        assert growth <= 8 * MEGABYTE
+        subscriber.abort()
+
+
+def take(one: socket.socket, size: int) -> bytes:
+    """Exactly so many bytes."""
+    found = b""
+    while len(found) < size:
+        piece = one.recv(size - len(found))
+        assert piece, f"closed after {len(found)} of {size} bytes"
+        found += piece
+    return found
+
+
 # --- P-49 ------------------------------------------------------------------------------------------------------------
 
 BAD_WILLS = {
