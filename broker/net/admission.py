@@ -35,12 +35,13 @@ class Admission:
         self.loop = shared.loop
         self.report = shared.report
         self.info = ListenerInfo(name, privileged=privileged)
-        self.info.on_lost = self.lost
+        self.info.on_lost = self.left
         self.info.speech = self.speech
         self.config: ListenerConfig = ListenerConfig()
         self.context: ssl.SSLContext | None = None
         self.refused: dict[str, int] = {}
         self.accepted = 0
+        self.channels = 0
         self.ws_path = ""
         self.ws_log: Any = None
 
@@ -170,9 +171,10 @@ class Admission:
     def open_channel(self, link: Any, peer: str, since: float) -> Any:
         """The engine's channel, or one that only refuses when the listener is full."""
         info = self.info
-        if info.max_connections and info.connections > info.max_connections:
+        if info.max_connections and self.channels >= info.max_connections:
             self._report_full()
             return Refusal(self.shared, link, self.lost)
+        self.channels += 1
         return self.engine.open_channel(link, info, peer, accepted_at=since)
 
     def identity_of(self, transport: Any, peer: str) -> dict[str, str] | None:
@@ -194,8 +196,13 @@ class Admission:
             return True
         return len(origins) == 1 and origins[0].lower() in {origin.lower() for origin in config.origins}
 
+    def left(self) -> None:
+        """A connection that had a channel of the engine is gone."""
+        self.channels -= 1
+        self.lost()
+
     def lost(self) -> None:
-        """A connection that had been made is gone."""
+        """A connection without one is gone."""
         self.info.connections -= 1
         self.shared.left()
 

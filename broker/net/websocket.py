@@ -26,6 +26,8 @@ from picows import (
 )
 from picows.picows import WSProtocol  # type: ignore[attr-defined]
 
+from broker.net.refusal import Refusal
+
 if TYPE_CHECKING:
     from broker.net.admission import Admission
 
@@ -250,6 +252,9 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
             link.channel = link.protocol = None
             if channel is not None:
                 channel.lost(exc)
+                if not isinstance(channel, Refusal):
+                    self.owner.left()
+                    return
         self.owner.lost()
 
     def _late(self) -> None:
