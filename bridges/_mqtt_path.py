@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from broker.mqtt.errors import ProtocolError
 from broker.mqtt.packets import Publish
-from broker.mqtt.properties import user_property
+from broker.mqtt.properties import BRIDGE_PATH, user_property
 from broker.mqtt.text import check_text
 
-PATH = "x-bridge-path"
-"""User property with the node names a message has left by a bridge, separated by commas."""
+PATH = BRIDGE_PATH.decode()
 LONGEST = 8
 """Hops after which a message is taken to run in a circle."""
 _METADATA = b"$isthmus"  # written by our own broker towards us; neither side may see the other's
-_PATH = PATH.encode()
 
 _FLAG, _CONTENT_TYPE, _RESPONSE_TOPIC, _CORRELATION, _PAIR = 0x01, 0x03, 0x08, 0x09, 0x26
 
@@ -68,7 +66,7 @@ def _filter(block: bytes) -> tuple[bytes, str]:
             key = block[first:middle]
             if key == _METADATA:
                 continue
-            if key == _PATH:
+            if key == BRIDGE_PATH:
                 more = block[middle + 2 : position].decode()
                 path = f"{path},{more}" if path else more
                 continue

@@ -108,7 +108,7 @@ class Letter:
             _without_length(encode_properties(kept)), 0.0, origin,
         )  # fmt: skip
         if who.get("i"):
-            message.ident, message.time_ms, message.hops = str(who["i"]), int(who["t"]), int(who.get("h", 0))
+            message.ident, message.time_ms = str(who["i"]), int(who["t"])
         return message
 
 

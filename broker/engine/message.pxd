@@ -23,7 +23,6 @@ cdef class Message:
     cdef public bytes properties
     cdef public double expires
     cdef public Origin origin
-    cdef public int hops
     cdef public str ident
     cdef public long long time_ms
     cdef public bytes packet4

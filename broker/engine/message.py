@@ -8,9 +8,10 @@ import json
 from typing import Any
 
 from broker.mqtt.framing import encode_length
-from broker.mqtt.properties import user_property
+from broker.mqtt.properties import BRIDGE_PATH, user_property
 
 METADATA = "$isthmus"
+_PATH = b"\x26" + len(BRIDGE_PATH).to_bytes(2, "big") + BRIDGE_PATH
 
 
 class Origin:
@@ -48,7 +49,6 @@ class Message:
         self.properties = properties
         self.expires = expires
         self.origin = origin
-        self.hops = 0
         self.ident = ""
         self.time_ms = 0
         self.packet4: bytes | None = None
@@ -109,8 +109,19 @@ class Message:
         origin = self.origin
         prefix = origin.prefix() if origin is not None else "{"
         comma = "," if len(prefix) > 1 else ""
-        own = f'"t":{self.time_ms},"i":"{self.ident}","q":{self.qos},"r":{int(self.retain)},"h":{self.hops}'
+        hops = bridges_crossed(self.properties) if self.properties else 0
+        own = f'"t":{self.time_ms},"i":"{self.ident}","q":{self.qos},"r":{int(self.retain)},"h":{hops}'
         return user_property(METADATA, f"{prefix}{comma}{own}}}")
+
+
+def bridges_crossed(properties: bytes) -> int:
+    """Nodes named in the bridge path of a property block; 0 for a message that was published here."""
+    at = properties.find(_PATH)
+    if at < 0:
+        return 0
+    at += len(_PATH)
+    path = properties[at + 2 : at + 2 + int.from_bytes(properties[at : at + 2], "big")]
+    return path.count(b",") + 1
 
 
 def encode_head(topic: bytes, first: int, rest: int) -> bytes:

@@ -48,6 +48,9 @@ _TABLE: tuple[tuple[int, str, int, tuple[int, ...]], ...] = (
     (0x2A, "shared_subscription_available", _FLAG, (_CONNACK,)),
 )
 
+BRIDGE_PATH = b"x-bridge-path"
+"""User property of bridges: the names of the nodes a message has left, separated by commas."""
+
 _UNKNOWN = 0xFF
 _LAST = 0x2A
 _FORMS = bytes(next((row[2] for row in _TABLE if row[0] == number), _UNKNOWN) for number in range(_LAST + 1))

@@ -10,6 +10,7 @@ import pytest
 from broker.engine.message import Message
 from broker.extend.session import SessionSpec
 from broker.mqtt import packets
+from broker.mqtt.properties import user_property
 from tests.unit.engine.harness import Bench, Client, connect_packet, props
 from tests.unit.engine.parts import PUBACK, PUBCOMP, PUBREC, ack, closed_with, payloads, publish
 
@@ -52,6 +53,16 @@ def test_nothing_is_missed_before_the_worker_attaches(bench: Bench) -> None:
     told = meta(got[2])
     assert (told["c"], told["u"], told["a"], told["q"], told["r"], told["o"]) == ("p", "u", "127.0.0.1", 2, 1, None)
     assert len({meta(m)["i"] for m in got}) == 3
+
+
+def test_an_instance_is_told_how_many_bridges_a_message_has_crossed(bench: Bench) -> None:
+    bench.engine.ensure_instance("x", spec())
+    p = bench.client("p", version=5)
+    p.publish("t/0", b"here", properties=user_property("a", "b"))
+    for path in ("one", "one,two"):
+        p.publish("t/0", path.encode(), properties=user_property("a", "b") + user_property("x-bridge-path", path))
+    _, *got = worker(bench).take()
+    assert [(m.payload, meta(m)["h"]) for m in got] == [(b"here", 0), (b"one", 1), (b"one,two", 2)]
 
 
 def test_without_upgrade_qos_0_stays_0(bench: Bench) -> None:
