@@ -11,7 +11,7 @@ NAME ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak durable drain power chaos dist clean
+.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak durable drain power chaos reference picture dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -88,6 +88,12 @@ drain: compile servers  ## how fast a backlog goes into databases, beside their 
 
 power: setup  ## cut the power 200 times and count what is lost; ARGS="--states 20 --seed 7"
 	$(BIN)/python -m tests.power --ext4 50 $(ARGS)
+
+reference: $(STAMP)  ## write REFERENCE.md from the models
+	$(BIN)/python -m broker config reference >REFERENCE.draft && mv REFERENCE.draft REFERENCE.md
+
+picture:  ## everything in containers: broker, LDAP, Kafka, PostgreSQL, mosquitto
+	docker compose -f compose/compose.yaml up --build
 
 dist: $(STAMP)  ## wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -142,6 +142,7 @@ class MqttConfig(BridgeConfig):
             retained="new",
             max_bytes=self.queue.max_bytes,
             overflow=self.queue.overflow,
+            max_age=self.queue.max_age,
         )
 
 

@@ -30,6 +30,7 @@ COPIED = (
     "pyproject.toml",
     "setup.py",
     "README.md",
+    "REFERENCE.md",
     "LICENSE",
     "Makefile",
 )

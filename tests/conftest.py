@@ -1,4 +1,4 @@
-"""Fixtures for everyone: real servers (see `servers.py`), certificates, a fault proxy."""
+"""Fixtures for everyone: real servers (see `servers/`), certificates, a fault proxy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Starts Redis (one server, sentinels, a cluster) and MongoDB for the tests. Loopback only.
 
-Like `servers.py`: an address in the environment (TEST_REDIS, TEST_MONGODB), then a program on this machine, else
+Like `servers/`: an address in the environment (TEST_REDIS, TEST_MONGODB), then a program on this machine, else
 `Absent` says why. MongoDB is `mongod` where there is one, else mongo-java-server, which speaks its protocol without
 logins, sessions and transactions: `python -m tests.nosql_servers install` fetches it with Maven.
 """

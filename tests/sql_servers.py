@@ -1,4 +1,4 @@
-"""Starts real PostgreSQL and MariaDB servers as `servers.py` starts the others: loopback, a free port, a temporary
+"""Starts real PostgreSQL and MariaDB servers as `servers/` starts the others: loopback, a free port, a temporary
 folder, never as root.
 
 Found in this order: an address in the environment (TEST_POSTGRESQL=postgresql://USER:PASSWORD@HOST:PORT/DATABASE,

@@ -11,15 +11,17 @@ import hashlib
 import hmac
 import os
 import re
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import argon2
 import bcrypt
 from argon2.low_level import Type, verify_secret
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import core_schema
+
+from broker.access.bulkhead import Busy
+from broker.config.types import CompiledText
 
 MAX_ITERATIONS = 5_000_000
 """PBKDF2 iterations of a stored hash; about three seconds."""
@@ -32,6 +34,9 @@ MAX_DIGEST = 128
 """Bytes PBKDF2 or scrypt may be asked for."""
 BCRYPT_BYTES = 72
 """bcrypt ignores what follows, so longer passwords are refused."""
+
+PATIENCE = 2.0
+"""Seconds for which a password may wait to be verified: less than a login may take."""
 
 PASSES, MEMORY_KIB, LANES = 2, 19 * 1024, 1
 """What new argon2id hashes cost."""
@@ -338,15 +343,20 @@ _FORMS = (
 )
 
 
-class Form:
+class Form(CompiledText):
     """How the columns `password` and `salt` of a table are made: EMQ's ``hash``, ``salt,hash``, ``hash,salt``,
     ``pbkdf2,MAC,ITERATIONS,LENGTH`` (with commas or colons), EMQX 5's table ``{name = …}``. ValueError if it is none.
     """
 
-    __slots__ = ("iterations", "length", "mac", "name", "salt", "text")
+    __slots__ = ("iterations", "length", "mac", "name", "salt")
+    expected = _FORMS
+    json_schema: ClassVar[dict[str, Any]] = {
+        "anyOf": [{"type": "string"}, {"type": "object"}],
+        "examples": ["salt,sha256", "bcrypt", "auto"],
+    }
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        super().__init__(text)
         parts = [part.strip() for part in re.split("[,:]", text)]
         self.salt: str | None = None
         self.mac, self.iterations, self.length = "", 0, 0
@@ -365,7 +375,7 @@ class Form:
             raise ValueError(f"{text!r} is no form of a password; {_FORMS}")
 
     @classmethod
-    def of(cls, table: Mapping[str, Any]) -> Form:
+    def of(cls, table: Mapping[str, Any]) -> Self:
         """EMQX 5's ``password_hash_algorithm``: name, and what belongs to it."""
         fields = dict(table)
         name = fields.pop("name", None)
@@ -452,39 +462,9 @@ class Form:
         if not 1 <= self.iterations <= MAX_ITERATIONS or not (self.length == 0 or 8 <= self.length <= MAX_DIGEST):
             raise ValueError(f"{self.text!r}: up to {MAX_ITERATIONS} iterations, 8 to {MAX_DIGEST} bytes")
 
-    def __repr__(self) -> str:
-        return f"Form({self.text!r})"
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Form) and other.text == self.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string"}, {"type": "object"}], "examples": ["salt,sha256", "bcrypt", "auto"]}
-
-    @classmethod
-    def _validate(cls, value: object) -> Form:
-        if isinstance(value, Form):
-            return value
-        if isinstance(value, str):
-            return cls(value)
-        if isinstance(value, Mapping):
-            return cls.of(value)
-        raise ValueError(_FORMS)
+    def _validate(cls, value: object) -> Self:
+        return cls.of(value) if isinstance(value, Mapping) else super()._validate(value)
 
 
 def _bytes(value: object) -> bytes:
@@ -497,16 +477,34 @@ def _bytes(value: object) -> bytes:
 
 
 class Verifier:
-    """A few threads that verify and hash; the work of more logins waits."""
+    """A few threads that verify and hash; the work of more logins waits, but not longer than a login may take."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._threads = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), thread_name_prefix="password")
+        self._count = threads or min(4, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="password")
+        self._pending = 0
+        self._took = 0.0
+        """Seconds of the last verification, the wait for a processor included."""
 
     async def verify(self, hash: Hash, password: bytes) -> bool:
-        """Whether this is the password. Cancelled work that has not begun is not done."""
+        """Whether this is the password. Cancelled work that has not begun is not done. Raises Busy when that would take
+        too long, because too many wait already."""
         if hash.quick:
             return hash.verify(password)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, hash.verify, password)
+        if self._pending >= self._count and self._pending * self._took / self._count > PATIENCE:
+            raise Busy(f"{self._pending} passwords are being verified, {self._took:.2f} s each")
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._timed, hash, password)
+        finally:
+            self._pending -= 1
+
+    def _timed(self, hash: Hash, password: bytes) -> bool:
+        began = time.monotonic()
+        try:
+            return hash.verify(password)
+        finally:
+            self._took = time.monotonic() - began
 
     async def hash(self, password: bytes) -> str:
         """A new argon2id hash. Raises ValueError for an empty password."""

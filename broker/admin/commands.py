@@ -13,6 +13,7 @@ from broker import __version__
 from broker.access.bans import BanError, Kind
 from broker.admin.control import CommandFailed
 from broker.admin.dead_letters import DeadLetters
+from broker.admin.instances import Instances
 from broker.config.problems import ConfigError
 from broker.engine.engine import RESERVED
 from broker.engine.session import Session
@@ -32,6 +33,7 @@ class Commands:
     def __init__(self, broker: Any) -> None:
         self._broker = broker
         self._dead_letters = DeadLetters(broker)
+        self._instances = Instances(broker)
 
     def table(self) -> dict[str, Callable[..., Awaitable[Any]]]:
         """Commands by name."""
@@ -68,7 +70,6 @@ class Commands:
         """Everything an operator looks at first."""
         broker = self._broker
         core = broker.engine.core
-        workers = broker.supervisor.status()
         return {
             "name": broker.settings.broker.name,
             "version": __version__,
@@ -83,8 +84,7 @@ class Commands:
             "listeners": broker.listeners.status(),
             "access": {**broker.gate.counters, **broker.gate.protection.status()},
             "auth": broker.gate.status(),
-            "sinks": {n: self._instance(n, s) for n, s in workers["sinks"].items()},
-            "bridges": {n: self._instance(n, s) for n, s in workers["bridges"].items()},
+            **self._instances.status(),
             "orphans": [q for q in self._queues() if q["orphan"]],
             "workers": broker.supervisor.pids(),
         }
@@ -97,19 +97,6 @@ class Commands:
             "segments": len(sizes),
             "bytes": sum(sizes.values()),
             "lost": self._broker.journal.lost,
-        }
-
-    def _instance(self, name: str, worker: dict[str, Any]) -> dict[str, Any]:
-        lanes = self._broker.engine.lanes(name)
-        oldest = [t for t in (s.oldest_ms() for s in lanes) if t]
-        return {
-            **worker,
-            "queued": sum(s.queued for s in lanes),
-            "queued_bytes": sum(s.queue_bytes for s in lanes),
-            "oldest_s": round(max(0.0, time.time() - min(oldest) / 1000), 1) if oldest else 0.0,
-            "acked": sum(s.acked for s in lanes),
-            "dropped": _merged([s.dropped for s in lanes]),
-            "attached": all(s.channel is not None for s in lanes),
         }
 
     async def reload(self) -> dict[str, list[str]]:
@@ -161,49 +148,35 @@ class Commands:
 
     async def sinks_list(self) -> list[dict[str, Any]]:
         """Every sink."""
-        return [{"name": n, **s} for n, s in (await self.status())["sinks"].items()]
+        return self._instances.listing("sinks")
 
     async def sinks_show(self, name: str) -> dict[str, Any]:
         """One sink."""
-        return self._one("sinks", name)
+        return self._instances.show("sinks", name)
 
     async def sinks_pause(self, name: str) -> dict[str, Any]:
         """Stop handing messages to a sink; they queue."""
-        self._one("sinks", name)
-        await self._broker.supervisor.pause(f"sinks.{name}")
-        return {"paused": name}
+        return await self._instances.pause("sinks", name)
 
     async def sinks_resume(self, name: str) -> dict[str, Any]:
         """Go on."""
-        self._one("sinks", name)
-        await self._broker.supervisor.resume(f"sinks.{name}")
-        return {"resumed": name}
+        return await self._instances.resume("sinks", name)
 
     async def bridges_list(self) -> list[dict[str, Any]]:
         """Every bridge."""
-        return [{"name": n, **s} for n, s in (await self.status())["bridges"].items()]
+        return self._instances.listing("bridges")
 
     async def bridges_show(self, name: str) -> dict[str, Any]:
         """One bridge."""
-        return self._one("bridges", name)
+        return self._instances.show("bridges", name)
 
     async def bridges_pause(self, name: str) -> dict[str, Any]:
         """Cut a bridge; what it should carry queues."""
-        self._one("bridges", name)
-        await self._broker.supervisor.pause(f"bridges.{name}")
-        return {"paused": name}
+        return await self._instances.pause("bridges", name)
 
     async def bridges_resume(self, name: str) -> dict[str, Any]:
         """Go on."""
-        self._one("bridges", name)
-        await self._broker.supervisor.resume(f"bridges.{name}")
-        return {"resumed": name}
-
-    def _one(self, room: str, name: str) -> dict[str, Any]:
-        found = self._broker.supervisor.status()[room].get(name)
-        if found is None:
-            raise CommandFailed(f"no {room[:-1]} is called {name!r}")
-        return {"name": name, **self._instance(name, found)}
+        return await self._instances.resume("bridges", name)
 
     def _queues(self) -> list[dict[str, Any]]:
         configured = {*self._broker.settings.sinks, *self._broker.settings.bridges}
@@ -367,11 +340,3 @@ def _client(session: Session) -> dict[str, Any]:
         "queued": session.queued,
         "subscriptions": len(session.subscriptions or ()),
     }
-
-
-def _merged(counts: list[dict[str, int] | None]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for one in counts:
-        for reason, count in (one or {}).items():
-            total[reason] = total.get(reason, 0) + count
-    return total

@@ -1,12 +1,14 @@
-"""`isthmus config show · diff · schema`: what is in force, what would change, what may be written."""
+"""`isthmus config show · diff · schema · reference`: what is in force, what would change, what may be written."""
 
 from __future__ import annotations
 
 import click
 
-from broker.cli.common import DONE, FAILED, ask, common, complain, guarded, options
+from broker.cli.common import DONE, FAILED, WRONG, ask, common, complain, guarded, options
 from broker.cli.output import print_json
 from broker.config.difference import compare
+from broker.config.reference import UnknownTopic
+from broker.config.reference import reference as describe
 from broker.config.schema import schema as build_schema
 
 
@@ -62,4 +64,20 @@ def diff(as_json: bool) -> int:
 def schema() -> int:
     """Print the JSON Schema of all fragments together, for editors."""
     print_json(build_schema())
+    return DONE
+
+
+@config.command()
+@click.argument("kind", required=False)
+@common
+@guarded
+def reference(kind: str | None) -> int:
+    """Print the manual of every key as Markdown, or that of KIND.
+
+    KIND is a table (limits), a room (auth), or a kind of one: auth.ldap, or ldap wherever there is one.
+    """
+    try:
+        click.echo(describe(kind), nl=False)
+    except UnknownTopic as error:
+        return complain(WRONG, str(error))
     return DONE

@@ -38,6 +38,7 @@ _ALIASES = {
     "config-show": ("config", "show"),
     "config-diff": ("config", "diff"),
     "config-schema": ("config", "schema"),
+    "config-reference": ("config", "reference"),
     "auth-test": ("auth", "test"),
 }
 

@@ -118,8 +118,9 @@ def _instances(room: str, columns: tuple[str, ...]) -> click.Group:
     return group
 
 
-sinks = _instances("sinks", ("state", "queued", "oldest_s", "acked", "retried", "dead", "dropped", "last_error"))
-bridges = _instances("bridges", ("state", "queued", "oldest_s", "acked", "retried", "dropped", "last_error"))
+_FLOW = ("state", "worker", "queued", "oldest_s", "per_second", "acked", "retried", "dropped")
+sinks = _instances("sinks", (*_FLOW, "dead", "dead_letters", "last_error", "configured"))
+bridges = _instances("bridges", (*_FLOW, "last_error", "configured"))
 
 
 @click.group()

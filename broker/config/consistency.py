@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from broker.config import certificates, firstrun
+from broker.config import certificates, firstrun, loops
 from broker.config.listeners import ListenerConfig, NetworkListener, PlainListener, SecureListener, UnixListener
 from broker.config.problems import Key
 from broker.config.template import Template
@@ -32,6 +32,9 @@ def check(settings: Settings, tree: Tree) -> None:
                 tree.warning(("listeners", name, field), text)
     _check_addresses(settings, tree)
     _check_sessions(settings, tree)
+    bridges = {name: instance.config for name, instance in settings.bridges.items()}
+    for name, text in loops.warnings(bridges, settings.listeners):
+        tree.warning(("bridges", name), text)
     _ask_models(settings, tree)
 
 

@@ -27,6 +27,9 @@ class ListenerConfig(Section):
     their own back and keep the retain flag. Without it they fall back to connecting as ordinary clients."""
     max_connections: int = Field(default=100_000, ge=1, le=10_000_000)
     """Connections at the same time; more are closed at once."""
+    max_connection_rate: float = Field(default=0.0, ge=0, le=1_000_000)
+    """Connections accepted a second, on each address this listens on; who comes faster waits in the system's queue and
+    is not refused. 0: no limit."""
     max_packet_size: Annotated[Size, Field(ge=128, le=268_435_460)] | None = None
     """Bytes of the largest packet a client may send here. Default: as `[limits]` says."""
 

@@ -157,6 +157,9 @@ class LimitsConfig(Section):
     """Retained messages kept altogether."""
     max_retained_bytes: Size = 1 << 30
     """Bytes of all retained messages together."""
+    max_retained_per_client: int = Field(default=0, ge=0, le=1_000_000_000)
+    """Retained messages of one client id; more are not retained and answered with 0x97. 0 for no limit but those
+    above. Sinks and bridges are not counted."""
     stall_timeout: Annotated[Duration, Field(ge=1)] = 60.0
     """Seconds a client that does not read may leave output waiting before it is disconnected."""
     takeover_rate: int = Field(default=10, ge=1, le=100_000)
@@ -192,3 +195,23 @@ class WorkersConfig(Section):
 
     processes: int = Field(default=1, ge=0, le=64)
     """Worker processes; 0 runs sinks and bridges inside the broker process."""
+
+
+Event = Literal[
+    "client_connected",
+    "client_disconnected",
+    "session_created",
+    "session_terminated",
+    "session_subscribed",
+    "session_unsubscribed",
+]
+
+
+class EventsConfig(Section):
+    """`[events]`: what becomes of clients, as JSON messages on `$events/NAME`. Sinks, bridges, and clients with a rule
+    that names the topic can take them like any other."""
+
+    publish: frozenset[Event] = frozenset()
+    """Which: client_connected (after CONNACK) | client_disconnected (once for each of those, with the reason) |
+    session_created | session_terminated | session_subscribed | session_unsubscribed. None of them costs anything while
+    it is not named."""

@@ -11,8 +11,7 @@ from pydantic_core import to_jsonable_python
 
 from broker.config.listeners import KINDS
 from broker.config.settings import ROOMS, SECTIONS
-from broker.config.template import Template
-from broker.config.types import Address
+from broker.config.types import TextValue
 from broker.extend import registry
 
 
@@ -44,7 +43,7 @@ class _Generator(GenerateJsonSchema):
         """Defaults as they would be written in a fragment."""
         if isinstance(dft, Mapping):
             return {key: self.encode_default(value) for key, value in dft.items()}
-        return str(dft) if isinstance(dft, (Address, Template)) else to_jsonable_python(dft, fallback=str)
+        return str(dft) if isinstance(dft, TextValue) else to_jsonable_python(dft, fallback=str)
 
 
 def _reference(model: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ MOVED: dict[str, str] = {
 """Keys of older versions and of other brokers, and where their meaning lives here."""
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
+    "max_connection_rate": ("max_conn_rate", "conn_rate", "accept_rate", "connect_rate"),
     "servers": ("url", "urls", "uri", "uris", "host", "hosts", "server", "address", "addresses", "broker", "brokers",
                 "bootstrap_servers", "endpoint", "endpoints", "remote"),
     "dsn": ("url", "uri", "connection", "connection_string", "conninfo"),

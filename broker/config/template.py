@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import core_schema
+from broker.config.types import CompiledText
 
 _TOKEN = re.compile(r"\$\$\{|\$\{")
 _TOKEN_PERCENT = re.compile(r"\$\$\{|\$\{|%[uc%]")
@@ -54,13 +53,15 @@ class Placeholder:
         return hash(self.name)
 
 
-class Template:
+class Template(CompiledText):
     """Text with placeholders. ``$${`` stands for a literal ``${``. ValueError when it cannot be read."""
 
-    __slots__ = ("names", "segments", "text")
+    __slots__ = ("names", "segments")
+    expected = "expected text, which may hold placeholders such as ${clientid}"
+    json_schema: ClassVar[dict[str, Any]] = {"type": "string", "format": "template"}
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        super().__init__(text)
         self.segments: tuple[str | Placeholder, ...] = _segments(text, _TOKEN)
         """Literal text and placeholders in order; neighbouring literals are joined, none is empty."""
         self.names: tuple[str, ...] = tuple(s.name for s in self.segments if isinstance(s, Placeholder))
@@ -103,37 +104,11 @@ class Template:
             parts.append(escape(text) if escape else text)
         return "".join(parts)
 
-    def __repr__(self) -> str:
-        return f"Template({self.text!r})"
-
-    def __str__(self) -> str:
-        return self.text
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Template) and other.segments == self.segments
 
     def __hash__(self) -> int:
         return hash(self.segments)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"type": "string", "format": "template"}
-
-    @classmethod
-    def _validate(cls, value: object) -> Template:
-        if isinstance(value, Template):
-            return value
-        if isinstance(value, str):
-            return cls(value)
-        raise ValueError("expected text, which may hold placeholders such as ${clientid}")
 
 
 def to_text(value: object) -> str:

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BeforeValidator,
@@ -107,10 +107,71 @@ Size = Annotated[int, BeforeValidator(parse_size), WithJsonSchema({**_UNITS, "ti
 """Bytes; ``"64MB"``, ``"896KB"`` (powers of 1024) and plain numbers are read."""
 
 
-class Secret:
+class TextValue:
+    """A type of value that fragments write as text: `of_text` reads it, `str` writes it back."""
+
+    __slots__ = ()
+    expected: ClassVar[str] = "expected text"
+    """What is said about a value of another type."""
+    json_schema: ClassVar[dict[str, Any]] = {"type": "string"}
+
+    @classmethod
+    def of_text(cls, text: str) -> Self:
+        """The value written so; ValueError says what is wrong with it."""
+        raise NotImplementedError
+
+    @classmethod
+    def _validate(cls, value: object) -> Self:
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls.of_text(value)
+        raise ValueError(cls.expected)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(str)
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return dict(cls.json_schema)
+
+
+class CompiledText(TextValue):
+    """Text that means something, such as a template: read once, when it is made, and kept as it was written."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @classmethod
+    def of_text(cls, text: str) -> Self:
+        return cls(text)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.text!r})"
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and str(other) == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+
+class Secret(TextValue):
     """Text that is never shown: `repr`, `str`, dumps and errors give ``***``."""
 
     __slots__ = ("_value",)
+    expected = "expected text; a secret is best given as ${file:…} or ${env:…}"
+    json_schema: ClassVar[dict[str, Any]] = {"type": "string", "format": "password", "writeOnly": True}
 
     def __init__(self, value: str = "") -> None:
         self._value = value
@@ -134,24 +195,8 @@ class Secret:
     __str__ = __repr__
 
     @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"type": "string", "format": "password", "writeOnly": True}
-
-    @classmethod
-    def _validate(cls, value: object) -> Secret:
-        if isinstance(value, Secret):
-            return value
-        if isinstance(value, str):
-            return cls(value)
-        raise ValueError("expected text; a secret is best given as ${file:…} or ${env:…}")
+    def of_text(cls, text: str) -> Self:
+        return cls(text)
 
 
 def _resolve_path(value: object, info: ValidationInfo) -> Path:
@@ -170,14 +215,17 @@ ConfigPath = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class Address(TextValue):
     """Host and port, written ``host:port`` or ``[ipv6]:port``. Host ``*`` means every address of this machine."""
+
+    expected = 'expected an address "HOST:PORT"'
+    json_schema: ClassVar[dict[str, Any]] = {"type": "string", "examples": ["127.0.0.1:1883"]}
 
     host: str
     port: int
 
     @classmethod
-    def parse(cls, text: str) -> Address:
+    def parse(cls, text: str) -> Self:
         """Read ``host:port``; ValueError says what is wrong."""
         host, colon, port = text.rpartition(":")
         if not colon or not host or not (port.isascii() and port.isdigit()):
@@ -193,6 +241,10 @@ class Address:
         if int(port) > 65_535:
             raise ValueError(f"port {port} is not between 0 and 65535")
         return cls(host, int(port))
+
+    @classmethod
+    def of_text(cls, text: str) -> Self:
+        return cls.parse(text)
 
     @property
     def loopback(self) -> bool:
@@ -211,23 +263,3 @@ class Address:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"type": "string", "examples": ["127.0.0.1:1883"]}
-
-    @classmethod
-    def _validate(cls, value: object) -> Address:
-        if isinstance(value, Address):
-            return value
-        if isinstance(value, str):
-            return cls.parse(value)
-        raise ValueError('expected an address "HOST:PORT"')

@@ -13,13 +13,12 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import orjson
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import core_schema
 
 from broker.config.template import Template
+from broker.config.types import CompiledText
 
 if TYPE_CHECKING:
     from broker.extend.sink import Record
@@ -41,50 +40,20 @@ class Unclear(ValueError):
     """A record of which a condition can say neither yes nor no."""
 
 
-class Condition:
+class Condition(CompiledText):
     """One compiled condition. ValueError, which shows the place, when it cannot be read."""
 
-    __slots__ = ("_test", "text")
+    __slots__ = ("_test",)
+    expected = "expected text, such as payload.value > 10"
+    json_schema: ClassVar[dict[str, Any]] = {"type": "string", "format": "condition"}
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        super().__init__(text)
         self._test = _Parser(text).whole()
 
     def __call__(self, record: Record) -> bool:
         """Whether it holds. Raises Unclear when that cannot be said."""
         return self._test(record) is True
-
-    def __repr__(self) -> str:
-        return f"Condition({self.text!r})"
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Condition) and other.text == self.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_plain_validator_function(
-            cls._validate, serialization=core_schema.plain_serializer_function_ser_schema(str)
-        )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        return {"type": "string", "format": "condition"}
-
-    @classmethod
-    def _validate(cls, value: object) -> Condition:
-        if isinstance(value, Condition):
-            return value
-        if isinstance(value, str):
-            return cls(value)
-        raise ValueError("expected text, such as payload.value > 10")
 
 
 class _Parser:

@@ -179,7 +179,7 @@ class Listener(Admission):
 
     def _acceptor(self, sock: socket.socket) -> Acceptor | Server:
         config = self.config
-        rate = float(getattr(config, "accept_rate", None) or 0)
+        rate = config.max_connection_rate
         if isinstance(config, TcpListener) and not rate and _is_uvloop(self.loop):
             return Server(self.loop, sock, self.name, Arrivals(self), self.shared.descriptors)
         take = self._take_plain

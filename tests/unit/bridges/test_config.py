@@ -20,7 +20,7 @@ clientid = "region-1"
 username = "region-1"
 password = "secret"
 restart = { base = "1s", cap = "30s" }
-queue = { max_bytes = "1GB", overflow = "reject" }
+queue = { max_bytes = "1GB", overflow = "reject", max_age = "1d" }
 [[topics]]
 filter = "telemetry/#"
 direction = "out"
@@ -46,7 +46,8 @@ def test_the_shipped_example_is_understood_key_by_key() -> None:
     assert (config.restart.base, config.restart.cap) == (1.0, 30.0)
     spec = config.session()
     assert spec.filters == (("telemetry/#", 1),)
-    assert (spec.max_bytes, spec.overflow, spec.retained, spec.upgrade_qos) == (1 << 30, "reject", "new", False)
+    assert (spec.max_bytes, spec.overflow, spec.max_age) == (1 << 30, "reject", 86_400.0)
+    assert (spec.retained, spec.upgrade_qos) == ("new", False)
     assert spec.no_local
     assert spec.retain_as_published
 

@@ -195,6 +195,16 @@ def test_config_diff_compares_the_running_broker_with_the_folder(invoke: Invoke,
     assert invoke("config", "diff").exit_code == 2
 
 
+def test_config_reference_prints_one_kind_or_names_the_nearest(invoke: Invoke) -> None:
+    result = invoke("config", "reference", "sinks.kafka")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("### sinks.kafka\n")
+    assert "conf.d/30-sink-kafka.toml.example" in result.stdout
+    wrong = invoke("config", "reference", "kafak")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "did you mean sinks.kafka?" in wrong.stderr
+
+
 def test_config_schema_is_json_schema_of_every_section(invoke: Invoke) -> None:
     schema = json.loads(invoke("config", "schema").stdout)
     assert set(schema["properties"]) == {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import argon2
@@ -11,7 +10,6 @@ import pytest
 from broker.config import firstrun
 from broker.config.difference import diff
 from broker.config.options import PACKAGED, Options
-from broker.config.problems import ConfigError
 from broker.config.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,23 +47,6 @@ def test_the_shipped_values_are_the_defaults(settings: Settings, tmp_path: Path)
     default = load_settings(tmp_path / "conf.d", environ={})
     for section in ("broker", "access", "limits", "workers"):
         assert getattr(settings, section) == getattr(default, section)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "conf.d").glob("*.example")), ids=lambda path: path.name)
-def test_every_example_loads_but_for_the_files_it_asks_for(path: Path, tmp_path: Path) -> None:
-    (tmp_path / "conf.d").mkdir()
-    shutil.copy(path, tmp_path / "conf.d" / path.name.removesuffix(".example"))
-    (tmp_path / "conf.d" / "00.toml").write_text("[access]\n")
-    (tmp_path / "secrets").mkdir()
-    for secret in ("ldap", "hq", "panel", "sensor-1"):
-        (tmp_path / "secrets" / secret).write_text("x")
-    missing = {"tls/server.pem", "tls/server.key", "tls/devices-ca.pem"}
-    try:
-        load_settings(tmp_path / "conf.d", environ={})
-    except ConfigError as error:
-        left = [p for p in error.problems if not any(str(tmp_path / name) in p for name in missing)]
-        assert path.name.startswith("05-listeners")
-        assert left == ["conf.d/05-listeners.toml:12: listeners.devices.auth: there is no [auth.ldap]"]
 
 
 def test_the_first_run_makes_user_password_and_rule(settings: Settings, tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from broker.access.passwords import Form
+from broker.config.template import Template
 from broker.config.types import (
     Address,
+    CompiledText,
     ConfigPath,
     Duration,
     Secret,
@@ -21,6 +24,7 @@ from broker.config.types import (
     parse_duration,
     parse_size,
 )
+from broker.extend.condition import Condition
 
 
 class Model(BaseModel):
@@ -148,3 +152,37 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_every_type_has_a_json_schema() -> None:
     assert set(Model.model_json_schema()["properties"]) == {"wait", "room", "word", "place", "bind"}
     assert json.loads(Model(bind=Address("h", 1)).model_dump_json())["bind"] == "h:1"
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "wrong", "sentence"),
+    [
+        (Template, "a/${username}", "${", "without }"),
+        (Condition, "payload.value > 10", "payload.value >", "a value is expected here"),
+        (Form, "sha256,salt", "md6", "is no form of a password"),
+    ],
+)
+def test_what_is_compiled_from_text_is_written_back_as_it_was_read(
+    kind: type[CompiledText], text: str, wrong: str, sentence: str
+) -> None:
+    adapter: TypeAdapter[CompiledText] = TypeAdapter(kind)
+    value = adapter.validate_python(text)
+    assert type(value) is kind
+    assert adapter.validate_python(value) is value
+    assert (str(value), repr(value)) == (text, f"{kind.__name__}({text!r})")
+    assert adapter.dump_json(value) == json.dumps(text).encode()
+    assert value == kind(text)
+    assert hash(value) == hash(kind(text))
+    assert value not in (kind("auto" if kind is Form else "qos"), text)
+    assert "string" in str(adapter.json_schema())
+    with pytest.raises(ValidationError) as caught:
+        adapter.validate_python(wrong)
+    assert sentence in str(caught.value)
+    with pytest.raises(ValidationError) as caught:
+        adapter.validate_python(7)
+    assert kind.expected in str(caught.value)
+
+
+def test_a_form_of_passwords_may_be_a_table_too() -> None:
+    adapter = TypeAdapter(Form)
+    assert adapter.validate_python({"name": "sha256", "salt_position": "prefix"}) == Form("salt,sha256")
