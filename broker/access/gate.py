@@ -11,7 +11,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from broker.access.chain import BAD_CREDENTIALS, BUSY, NOT_AUTHORIZED, UNAVAILABLE, Chain, Decision
@@ -33,8 +33,12 @@ COMPILED = 4_096
 _SHARED = ("timeout", "max_concurrent", "cache_ttl", "negative_cache_ttl", "on_error")
 """Keys of `[access]` that are defaults of every backend."""
 
+TURN = 500
+"""Connections looked at in one turn of the loop after a reload."""
 _EMPTY: Mapping[str, str] = {}
 _NOTHING = Grant()
+_NOBODY = Standing(expires_at=0.0)
+"""Of a client that is being disconnected: it may do nothing."""
 
 
 class AccessError(Exception):
@@ -131,6 +135,54 @@ class AccessGate:
         if self.rights_changed is not None:
             self.rights_changed(None)
 
+    async def recheck(self, channels: Sequence[Any]) -> int:
+        """After a reload: disconnect those of these connections that would be refused now, as far as that shows without
+        their passwords; returns how many. The others get the rules of what their listener names now."""
+        count = 0
+        for number, channel in enumerate(channels, 1):
+            reason = self._unwelcome(channel)
+            if reason is not None:
+                count += 1
+                self.revoke(channel, reason)
+            if number % TURN == 0:
+                await asyncio.sleep(0)
+        return count
+
+    def revoke(self, channel: Any, reason: str = "its certificate was revoked") -> None:
+        """Disconnect a client that may not be here any more; its will is not published."""
+        principal = channel.principal
+        if principal is None or principal.privileged:
+            return
+        self.counters["revoked"] += 1
+        self._refused.warning(
+            "client %r (user %r) from %s is disconnected: %s",
+            principal.clientid, shown(principal.username), channel.peer, reason,
+        )  # fmt: skip
+        principal.standing = _NOBODY
+        principal.forget()
+        channel.disconnect(NOT_AUTHORIZED)
+
+    def _unwelcome(self, channel: Any) -> str | None:
+        """Why a connected client would be refused now; None when it would not, or that cannot be told."""
+        principal, listener = channel.principal, channel.listener
+        if principal is None or principal.privileged:
+            return None
+        chain = self.chain(listener.auth)
+        refusal = chain.screened(principal.client())
+        if refusal is not None:
+            return refusal.reason
+        if principal.backend is not None:
+            if all(guard.name != principal.backend for guard in chain.guards):
+                return f"auth.{principal.backend}, which let it in, does not decide here any more"
+        elif principal.username is None and not self._anonymous_on(listener):
+            return "anonymous clients are not let in any more"
+        if principal.auth != listener.auth:
+            principal.standing = principal.standing.on(listener.auth)
+            principal.forget()
+            if self.rights_changed is not None:
+                self.rights_changed(principal.clientid)
+        return None
+
     async def close(self) -> None:
         """Drop pending answers and close every backend."""
         self._refresher.close()
@@ -179,7 +231,7 @@ class AccessGate:
             self._finish(channel, client, refusal)
             return
         if proved is None and password is None and chain.reads(client):
-            task = asyncio.get_running_loop().create_task(self._decide(channel, client, chain, None))
+            task = asyncio.get_running_loop().create_task(self._decide(channel, client, None))
             self._pending[channel] = task
             return
         if proved is None and username is None and password is None and self._anonymous_on(listener):
@@ -197,7 +249,7 @@ class AccessGate:
             if decision is not None:
                 self._finish(channel, client, decision)
                 return
-        task = asyncio.get_running_loop().create_task(self._decide(channel, client, chain, password))
+        task = asyncio.get_running_loop().create_task(self._decide(channel, client, password))
         self._pending[channel] = task
 
     def _anonymous_on(self, listener: Any) -> bool:
@@ -231,6 +283,63 @@ class AccessGate:
         """1 when a message on this topic may reach the client, whatever filter it came through. The first rule that
         concerns any QoS decides: which QoS is good was asked when the client subscribed."""
         return self._allowed(principal, SUBSCRIBE, topic, 0)
+
+    def will_terms(self, principal: Any, topic: str, qos: int, retain: bool) -> dict[str, Any]:
+        """How the client came in, and whether the rules that need no backend are enough for its will. The backend's own
+        rules for it are not kept: that they sufficed is what is left of them."""
+        if principal.superuser:
+            return {"backend": principal.backend, "superuser": True}
+        terms = {
+            "listener": principal.listener,
+            "auth": principal.auth,
+            "backend": principal.backend,
+            "until": principal.expires_at,
+        }
+        who = (principal.clientid, principal.username, principal.peerhost)
+        return {**terms, "common": self._commonly(*who, terms, topic, qos, retain)}
+
+    def may_publish_will(
+        self,
+        clientid: str,
+        username: str | None,
+        peerhost: str,
+        terms: dict[str, Any],
+        topic: str,
+        qos: int,
+        retain: bool,
+    ) -> int:
+        """1 unless a ban hits the client, its backend is not configured any more, its login has expired, or rules that
+        need no backend allowed the will when it was judged last and do not any more."""
+        backend = terms["backend"]
+        bans = self.protection.bans
+        if (bans and bans.find(clientid, username, peerhost)) or (
+            backend is not None and backend not in self._instances
+        ):
+            return 0
+        if terms.get("superuser"):
+            return 1
+        if terms["until"] is not None and time.time() >= terms["until"]:
+            return 0
+        return int(not terms["common"] or self._commonly(clientid, username, peerhost, terms, topic, qos, retain))
+
+    def _commonly(
+        self,
+        clientid: str,
+        username: str | None,
+        peerhost: str,
+        terms: Mapping[str, Any],
+        topic: str,
+        qos: int,
+        retain: bool,
+    ) -> bool:
+        """Whether the rules that all clients of a listener have in common let this one publish."""
+        auth = terms["auth"]
+        standing = Standing(listener=terms["listener"], auth=None if auth is None else tuple(auth))
+        principal = Principal(clientid, username, f"{peerhost}:0", standing)
+        self._look_up(principal)
+        packet = 1 << (qos << 1 | int(retain))
+        parts = topic.split("/")
+        return allowed(principal.sources, PUBLISH, topic, parts, principal, packet, self._no_match) == packet
 
     def _allowed(self, principal: Any, action: int, topic: str, packets: int) -> int:
         """Which of these packets are allowed; with none, 1 or 0 for any of them. Who is banned may publish nothing, so
@@ -308,19 +417,27 @@ class AccessGate:
 
     # inside ---------------------------------------------------------------------------------------------------------
 
-    async def _decide(self, channel: Any, client: Client, chain: Chain, password: bytes | None) -> None:
+    async def _decide(self, channel: Any, client: Client, password: bytes | None) -> None:
         try:
-            if password is not None:
-                decision = await chain.decide(client, password)
-            elif "username" not in client.certificate and chain.reads(client):
-                decision = await chain.decide_without(client)
-            else:
-                decision = await chain.identify(client)
+            generation = -1
+            while generation != self.generation:  # again, when a reload came between: it may have removed who said yes
+                generation = self.generation
+                decision = await self._ask(client, self.chain(channel.listener.auth), password)
         except Exception:
             logger.exception("deciding about a client failed")
             decision = Decision(UNAVAILABLE, "internal error")
         if self._pending.pop(channel, None) is not None:
             self._finish(channel, client, decision)
+
+    async def _ask(self, client: Client, chain: Chain, password: bytes | None) -> Decision:
+        refusal = chain.screened(client)
+        if refusal is not None:
+            return refusal
+        if password is not None:
+            return await chain.decide(client, password)
+        if "username" not in client.certificate and chain.reads(client):
+            return await chain.decide_without(client)
+        return await chain.identify(client)
 
     def _finish(self, channel: Any, client: Client, decision: Decision) -> None:
         username = decision.grant.username or client.username

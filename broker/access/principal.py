@@ -61,6 +61,14 @@ class Standing:
             own_rules=own_rules, groups=groups, expires_at=self.expires_at, audit=self.audit,
         )  # fmt: skip
 
+    def on(self, auth: tuple[str, ...] | None) -> Standing:
+        """The same where other backends decide."""
+        return Standing(
+            listener=self.listener, auth=auth, backend=self.backend, superuser=self.superuser,
+            privileged=self.privileged, origin=self.origin, attributes=self.attributes, certificate=self.certificate,
+            own_rules=self.own_rules, groups=self.groups, expires_at=self.expires_at, audit=self.audit,
+        )  # fmt: skip
+
 
 class Principal:
     """An authenticated client. Small, because every session has one; rules are shared and found lazily."""

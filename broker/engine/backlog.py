@@ -11,7 +11,7 @@ from typing import IO, Any
 
 STRIDE = 3
 """An entry is its sequence number, its position in the journal, and its size (upper half) with its time of arrival in
-seconds (lower half)."""
+seconds of the store's clock (lower half)."""
 CHUNK = 16_384
 """Entries moved to and from the scratch file at once."""
 ENTRY_BYTES = STRIDE * 8

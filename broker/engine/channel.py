@@ -943,7 +943,7 @@ class Channel(Outbox):
                 raise ProtocolError(0x82, "a session expiry where CONNECT had none")  # [MQTT-3.1.2-25]
             self.engine.set_expiry(session, props.session_expiry_interval)
         self.graceful = packet.code == 0  # [MQTT-3.14.4-3]
-        self._end()
+        self._end(False, packet.code)
 
     # ends -----------------------------------------------------------------------------------------------------
 
@@ -970,14 +970,14 @@ class Channel(Outbox):
         if self.v5 and self.state == LIVE:
             self._flush_acks()
             self.push(packets.encode_disconnect(5, code))  # [MQTT-4.13.1-1]
-            self._end(True)
+            self._end(True, code)
             return
-        self._end()
+        self._end(False, code)
 
     def _abort(self, reason: str) -> None:
         """Close without a word."""
         self.core.count(reason)
-        self._end()
+        self._end(False, reason)
 
     def _not_mqtt(self, data: bytes) -> None:
         """The peer's first bytes are something else: one line that says what, and close without a word."""
@@ -985,7 +985,7 @@ class Channel(Outbox):
         self.engine.report("not_mqtt", f"{self.peer} {speech}, listener {self.listener.name!r}; closed")
         self._abort("not_mqtt")
 
-    def _end(self, last_word: bool = False) -> None:
+    def _end(self, last_word: bool = False, why: int | str = "") -> None:
         """`last_word`: something was just said that the peer should get to read. Closing a socket with unread input
         resets it, and the reset overtakes what was said; so only our half is closed now, the rest a moment later."""
         if self.state == CLOSED:
@@ -996,7 +996,7 @@ class Channel(Outbox):
         self.state = CLOSED
         link = self.link
         try:
-            self.engine.closed(self, state)
+            self.engine.closed(self, state, why)
         except Exception:
             log.exception("internal error after the connection of client %r from %s ended", self.client_id, self.peer)
             self.core.count("internal_error")

@@ -109,7 +109,7 @@ class Compaction:
         for taker in records.decode_takers(payload):
             spool = journal.spools.get(taker.session)
             if spool is not None and spool.alive(taker.seq, position):
-                takers.append((spool, taker.seq, taker.qos, taker.retain, taker.idents))
+                takers.append((spool, taker.seq, taker.qos, taker.retain, taker.idents, taker.group))
         retained: Message | None = None
         if payload[0] & records.RETAINED:
             retained = journal.kept_at(records.put_topic(payload)[0], position)
@@ -123,7 +123,7 @@ class Compaction:
         # all are asked before the first is told: in flight, they share one record
         alive = [t for t in takers if journal.spools.get(t[0].number) is t[0] and t[0].alive(t[1], old)]
         kept = retained is not None and retained.kept is not None and retained.kept.position == old
-        for spool, seq, _, _, _ in alive:
+        for spool, seq, *_ in alive:
             spool.relocate(seq, position)
         if kept and retained is not None:
             retained.kept = stored_at(position)

@@ -20,6 +20,7 @@ cdef class Limits:
     cdef public int topic_alias_maximum
     cdef public Py_ssize_t max_retained_messages
     cdef public Py_ssize_t max_retained_bytes
+    cdef public Py_ssize_t max_retained_per_client
     cdef public double stall_timeout
     cdef public int takeover_rate
     cdef public double ack_timeout
@@ -45,6 +46,7 @@ cdef class Core:
     cdef public set stalled
     cdef public object journal
     cdef public object withholds
+    cdef public double clock_base
     cdef public long long _sequence
     cdef public str _tail
     cdef object __weakref__
@@ -52,3 +54,4 @@ cdef class Core:
     cpdef drop(self, str reason, long long count=*)
     cpdef count(self, str event, long long count=*)
     cpdef stamp(self, object message)
+    cpdef long long clock(self)

@@ -28,6 +28,7 @@ class Limits:
         self.topic_alias_maximum = 16
         self.max_retained_messages = 1_000_000
         self.max_retained_bytes = 1 << 30
+        self.max_retained_per_client = 0
         self.stall_timeout = 60.0
         self.takeover_rate = 10
         self.ack_timeout = 30.0
@@ -70,6 +71,8 @@ class Core:
         """What makes sessions survive a restart; None where nothing does."""
         self.withholds: Callable[[Any, Any], str] | None = None
         """Why a session does not get a message that waited on disk; empty when it does."""
+        self.clock_base = 1.0
+        """Milliseconds to add to `now` for `clock`: the journal sets it."""
         self._sequence = 0
         self._tail = f"{node_id & 0xFFFF:04x}{boot & 0xFFFF:04x}"
 
@@ -83,10 +86,17 @@ class Core:
 
     def stamp(self, message: Any) -> None:
         """Give a message its identifier (sortable by time) and its time of arrival, once."""
+        if message.clock_ms == 0:
+            message.clock_ms = self.clock()
         if not message.ident:
             self._sequence += 1
             message.time_ms = self.wall_ms
             message.ident = f"{self.wall_ms & 0xFFFFFFFFFFFF:012x}{self._tail}{self._sequence & 0xFFFFFFFFFFFF:012x}"
+
+    def clock(self) -> int:
+        """Milliseconds by which ages count, over restarts too where there is a journal: no jump of the wall clock moves
+        them. Never 0."""
+        return max(1, int(self.clock_base + self.now * 1000))
 
     def set_clock(self, now: float, wall_ms: int) -> None:
         """Advance the engine's clock (monotonic seconds); the wall clock in identifiers never goes back."""

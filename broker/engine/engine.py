@@ -7,7 +7,7 @@ One object per broker, no module-level state. `tick` is called four times a seco
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.engine import records, topics
@@ -16,8 +16,10 @@ from broker.engine.core import Core, Limits
 from broker.engine.gate import InternalPrincipal
 from broker.engine.groups import Lanes, ShareGroup
 from broker.engine.journal import Journal
+from broker.engine.legacy import Legacies
 from broker.engine.listener import ListenerInfo
 from broker.engine.message import Message
+from broker.engine.observer import Observer
 from broker.engine.receiver import DONE, Hold, Subscription
 from broker.engine.retained import Retained
 from broker.engine.router import Route, Router
@@ -68,6 +70,7 @@ class Engine:
         self.report = report
         self.sessions: dict[str, Session] = {}
         self.groups: dict[tuple[bytes, bytes], ShareGroup] = {}
+        self.legacies = Legacies(self)
         self.holding: set[Channel] = set()
         self.router = Router(self._may_receive, 64 << 20)
         self.retained_store = Retained(1, 1)
@@ -96,6 +99,7 @@ class Engine:
         self.core.withholds = self._withholds
         self.on_connected: Callable[[Channel], None] | None = None
         self.on_disconnected: Callable[[Channel], None] | None = None
+        self.observer: Observer | None = None
         self.configure(limits or Limits())
 
     def configure(self, limits: Limits) -> None:
@@ -105,6 +109,7 @@ class Engine:
         self.router.cache_bytes = limits.route_cache_bytes
         self.retained_store.max_messages = limits.max_retained_messages
         self.retained_store.max_bytes = limits.max_retained_bytes
+        self.retained_store.limit_clients(limits.max_retained_per_client)
 
     def _may_publish(self, principal: Any, topic: str, qos: int, retain: bool) -> bool:
         """Whether a packet other than a client's PUBLISH may be published: a will, or what was retained before."""
@@ -240,8 +245,12 @@ class Engine:
                 if will.properties.message_expiry_interval is not None:
                     expires = float(will.properties.message_expiry_interval) or -1.0  # 0.0 would be for ever
             session.will = Message(will.topic, will.payload, will.qos, will.retain, forward, expires, channel.origin)
+            if journal is not None and (session.persistent or session.spool is not None):
+                session.will_terms = self._will_terms(session)
         channel.state = LIVE
         self.connected += 1
+        if self.observer is not None and not present:
+            self.observer.session_created(channel)
         if keep_alive:
             self.wheel.put(channel, core.now + channel.keep_alive)
         else:
@@ -287,6 +296,8 @@ class Engine:
         session.resume()
         if self.on_connected is not None:
             self.on_connected(channel)
+        if self.observer is not None:
+            self.observer.connected(channel)
 
     def _welcome_later(self, channel: Channel, session: Session, connack: bytes, written: bool) -> None:
         """As `_welcome`, after what CONNACK says is on disk; meanwhile the client may have gone or come again."""
@@ -341,7 +352,7 @@ class Engine:
             return False
         return True
 
-    def closed(self, channel: Channel, state: int) -> None:
+    def closed(self, channel: Channel, state: int, why: int | str = "") -> None:
         """A channel ended: detach its session, publish or schedule the will, start the session's expiry."""
         self.core.now = self.clock()
         self.holding.discard(channel)
@@ -357,6 +368,8 @@ class Engine:
             return
         self.connected -= 1
         session.detach()
+        if self.observer is not None:
+            self.observer.disconnected(channel, why)
         if channel.graceful:
             session.will = None  # [MQTT-3.14.4-3]
         journal = self.core.journal
@@ -430,7 +443,7 @@ class Engine:
         for timer in (session.timers or {}).values():
             timer.cancel()
         session.timers = None
-        session.will = None
+        session.will = session.will_terms = None
         session.will_delay = 0.0
 
     def set_expiry(self, session: Session, seconds: int) -> None:
@@ -448,14 +461,33 @@ class Engine:
             return
         if will.expires:
             will.expires += self.core.now
-        who = will.origin.principal
         try:
-            if who is not None and not self._may_publish(who, will.topic.decode(), will.qos, will.retain):
+            if self._may_publish_will(session, will):
+                self.publish(will, session)
+            else:
                 self.core.drop("unauthorized")
-                return
-            self.publish(will, session)
+                self.report("will_withheld", f"client {session.client_id!r} has no right to its will; not published")
         except Exception as error:
             self._failed(error, f"the will of client {session.client_id!r} could not be published")
+
+    def _may_publish_will(self, session: Session, will: Message) -> bool:
+        origin = will.origin
+        topic = will.topic.decode()
+        if origin is not None and origin.principal is not None:
+            return self._may_publish(origin.principal, topic, will.qos, will.retain)
+        if origin is None or session.will_terms is None:  # its owner connected before a restart
+            return False
+        who = (origin.client_id, origin.username, origin.peerhost)
+        return bool(self.gate.may_publish_will(*who, session.will_terms, topic, will.qos, will.retain))
+
+    def _will_terms(self, session: Session) -> dict[str, Any] | None:
+        """What a restart needs to judge the will; None when it may not be published as things are."""
+        will = session.will
+        who = will.origin.principal
+        if not self._may_publish(who, will.topic.decode(), will.qos, will.retain):
+            return None
+        terms: dict[str, Any] = self.gate.will_terms(who, will.topic.decode(), will.qos, will.retain)
+        return terms
 
     def _will_is_due(self, session: Session) -> None:
         self.publish_will(session)
@@ -474,9 +506,13 @@ class Engine:
         for timer in (session.timers or {}).values():
             timer.cancel()
         session.timers = None
+        groups = [s.group for s in session.subscriptions or () if isinstance(s.group, ShareGroup)]
         for subscription in session.subscriptions or ():
             self._drop_subscription(subscription)
         session.subscriptions = None
+        leaves = any(group.members for group in groups)
+        if leaves:
+            self._pass_on(session, session.take_shared(over=True))
         for entry in session.queue or ():
             if entry[4] is not None and entry[7] is None:
                 entry[4].release()
@@ -485,7 +521,7 @@ class Engine:
                 if entry[4] is not None and entry[4][0] is not None:
                     entry[4][0].release()
         if session.spool is not None:
-            self._forget_spool(session, session.spool)
+            self._forget_spool(session, session.spool, leaves)
         session.queue = None
         session.queue_bytes = 0
         session.inflight = None
@@ -495,8 +531,14 @@ class Engine:
             session.unblock()
         if will is not None:
             self.publish_will(session)
+        if self.observer is not None:
+            self.observer.session_terminated(session)
 
-    def _forget_spool(self, session: Session, spool: Spool) -> None:
+    def _forget_spool(self, session: Session, spool: Spool, leaves: bool) -> None:
+        """Its messages are given up, but for those on disk of a session that `leaves` some to others."""
+        if leaves:
+            spool.fold()
+        on_disk, spool.backlog = (spool.backlog, None) if leaves else (None, spool.backlog)
         spool.forget_all()
         inflight = session.inflight
         if inflight is not None:
@@ -505,6 +547,12 @@ class Engine:
             for seq, pending in kept:
                 if pending is not None:
                     spool.finish(seq, pending, None)
+        if on_disk is not None:
+            spool.backlog = on_disk
+            spool.floor = spool.sent = on_disk.first()[0]
+            self.core.journal.leave(spool)
+            self.legacies.add(session)
+            return
         session.spool = None
         session.stored = False
         self.core.journal.end(spool)
@@ -536,6 +584,12 @@ class Engine:
             elif hold is not None and journal is not None and not journal.idle:  # a clear may be on its way to disk
                 journal.wait(hold)
             return True
+        if self.retained_store.over_quota(message):
+            self.core.drop("retained_quota")
+            self.report(
+                "retained_quota", f"client {message.origin.client_id!r} has as many retained messages as one may have"
+            )
+            return False
         if self.retained_store.store(message):  # [MQTT-3.3.1-5]
             if journal is not None:
                 journal.retain(message, old, hold)
@@ -578,6 +632,8 @@ class Engine:
             made = self._find(session, filter)
             if made is not None and made is not before:
                 self._unwritten[made] = before
+        if self.observer is not None:
+            self.observer.subscribed(session, packet.filters, codes)
         return codes, retained
 
     def _settle_subscriptions(self, session: Session, made: list[tuple[bytes, Subscription]], written: bool) -> None:
@@ -759,7 +815,7 @@ class Engine:
                 self.router.remove(group.entry)
                 group.entry = None  # or the two keep each other, and the session that founded the group
 
-    def unsubscribe(self, session: Session, filters: Iterable[bytes]) -> list[int]:
+    def unsubscribe(self, session: Session, filters: Sequence[bytes]) -> list[int]:
         """Handle UNSUBSCRIBE: one code per filter. What is in flight finishes, what only queues is dropped."""
         codes = []
         changed = False
@@ -786,6 +842,8 @@ class Engine:
         if changed:
             kept = stays + [s.filter for s in session.subscriptions or ()]
             session.purge(lambda topic: any(topics.matches(f, topic) for f in kept), "unsubscribed")
+        if changed and self.observer is not None:
+            self.observer.unsubscribed(session, [f for f, code in zip(filters, codes, strict=True) if not code])
         return codes
 
     def when_subscribed(
@@ -837,6 +895,17 @@ class Engine:
             if session.channel is not None:
                 session.channel.memo_entry = None
             self._check_subscriptions(session)
+            self._check_will(session)
+
+    def _check_will(self, session: Session) -> None:
+        """The journal is to know whether the owner of a will may publish it: a crash may come next."""
+        will = session.will
+        if will is None or session.spool is None or will.origin.principal is None:
+            return
+        terms = self._will_terms(session)
+        if terms != session.will_terms:
+            session.will_terms = terms
+            self._note_life(session, session.channel is not None)
 
     def _check_subscriptions(self, session: Session) -> None:
         """End the subscriptions and withhold the queued messages that the session's principal has no right to."""
@@ -852,6 +921,8 @@ class Engine:
                 if session.spool is not None:
                     self.core.journal.note(records.encode_session(records.UNSUBSCRIBED, session.spool.number, filter))
                 self.core.count("subscription_revoked")
+                if self.observer is not None:
+                    self.observer.unsubscribed(session, [filter])
         session.purge(lambda topic: self._may_receive(principal, topic.decode()))
 
     def clients(self) -> list[Channel]:
@@ -895,6 +966,9 @@ class Engine:
             except Exception as error:
                 self._failed(error)
         self.timers.run(now, self._failed)
+        if core.journal is not None:
+            core.journal.pace.look(now)
+            self.legacies.go_on()
         if now >= self._next_look:
             self._next_look = now + 1.0
             for session in self._aging:
@@ -926,7 +1000,7 @@ class Engine:
 
     def _drop_aged(self, session: Session) -> None:
         """Give up what has queued for an instance longer than its `max_age`."""
-        oldest = self.core.wall_ms - session.spec.max_age * 1000
+        oldest = self.core.clock() - session.spec.max_age * 1000
         while session.waiting and 0 < session.oldest_queued_ms() < oldest and session.drop_oldest("too_old"):
             pass
 
@@ -946,6 +1020,7 @@ class Engine:
         """From now on sessions and retained messages survive a restart."""
         self.core.journal = journal
         journal.retained = self.retained_store
+        journal.heirs = self.legacies.give
         self.retained_store.removed = journal.retained_expired
 
     def _failed(self, error: Exception, text: str = "a timer of the engine failed; the others go on") -> None:

@@ -38,6 +38,23 @@ class Gate(Protocol):
     def may_receive(self, principal: Any, topic: str) -> int:
         """Asked when a route is filled."""
 
+    def will_terms(self, principal: Any, topic: str, qos: int, retain: bool) -> dict[str, Any]:
+        """What is kept on disk, as JSON, with the will of a client that may publish it now: `may_publish_will` gets it
+        back after a restart."""
+
+    def may_publish_will(
+        self,
+        clientid: str,
+        username: str | None,
+        peerhost: str,
+        terms: dict[str, Any],
+        topic: str,
+        qos: int,
+        retain: bool,
+    ) -> int:
+        """Whether the will of a client that connected before a restart may be published now that it is due. A ban and a
+        right that was taken away meanwhile count; what cannot be established is a no."""
+
 
 class InternalPrincipal:
     """The broker itself and the workers it started."""
@@ -76,5 +93,22 @@ class OpenGate:
         return ALLOW
 
     def may_receive(self, principal: Any, topic: str) -> int:
+        """Always."""
+        return ALLOW
+
+    def will_terms(self, principal: Any, topic: str, qos: int, retain: bool) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def may_publish_will(
+        self,
+        clientid: str,
+        username: str | None,
+        peerhost: str,
+        terms: dict[str, Any],
+        topic: str,
+        qos: int,
+        retain: bool,
+    ) -> int:
         """Always."""
         return ALLOW

@@ -14,6 +14,8 @@ class ShareGroup:
     def __init__(self, name: bytes, filter: bytes, strategy: str, may_receive: Any) -> None:
         self.name = name
         self.filter = filter
+        self.mark = stable_hash(f"{name.decode()}/{filter.decode()}") or 1
+        """Names the group in records; the name of a group has no slash."""
         self.strategy = strategy
         self.may_receive = may_receive
         self.members: list[Subscription] = []
@@ -76,6 +78,24 @@ class ShareGroup:
                 return True
         return False
 
+    def with_room(self, message: Message) -> Subscription | None:
+        """A member that may have a message from another one's queue and has room for it, connected ones first; None
+        when there is none at present. Raises LookupError when no member may have it."""
+        name = message.topic.decode()
+        principals = [(m, m.receiver.principal) for m in self.members]
+        members = [m for m, principal in principals if principal is None or self.may_receive(principal, name)]
+        if not members:
+            raise LookupError(name)
+        self._next += 1
+        turn = self._next % len(members)
+        members = members[turn:] + members[:turn]
+        members.sort(key=lambda member: member.receiver.outbox is None)
+        return next((m for m in members if m.receiver.has_room(message.size)), None)
+
+    def give(self, member: Subscription, message: Message) -> bool:
+        """Give this member a message that `with_room` has found it for; False when it refuses after all."""
+        return self._give(member, message, None)
+
     def again(self, message: Message, hold: Hold | None) -> None:
         """Give what a gone member had not acknowledged to another one."""
         self.publish(message, None, hold)
@@ -87,6 +107,7 @@ class Lanes:
     """The lanes of one instance: a message goes to lane hash(order_key) mod lanes, so order is kept per key."""
 
     durable = True
+    mark = 0
 
     def __init__(self, members: list[Subscription], key: Any, may_receive: Any) -> None:
         self.members = members

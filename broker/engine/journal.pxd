@@ -15,6 +15,7 @@ cdef class Journal:
     cdef public dict live
     cdef public unsigned int next_number
     cdef public object retained
+    cdef public object heirs
     cdef public long long lost
     cdef public dict _value_segments
     cdef public long long _origin_clock
@@ -36,11 +37,12 @@ cdef class Journal:
     cdef public bint _resting
     cdef public int loads
     cdef public object compaction
+    cdef public object pace
     cdef public dict origins
     cdef public dict _origin_bytes
 
     cpdef long long clock_ms(self)
-    cpdef Pending take(self, Message message, Spool spool, long long seq, int qos, bint retain, object idents, Hold hold, bint urgent)
+    cpdef Pending take(self, Message message, Spool spool, long long seq, int qos, bint retain, object idents, unsigned int group, Hold hold, bint urgent)
     cpdef _enter(self, Pending pending, bint urgent)
     cpdef _hurry(self, Pending pending)
     @cython.locals(hold=Hold)

@@ -18,6 +18,7 @@ from broker.engine import records
 from broker.engine.compaction import Compaction
 from broker.engine.core import Core
 from broker.engine.message import Message, Origin
+from broker.engine.pace import Pace
 from broker.engine.spool import FAILED, GONE, OPEN, STORED, WRITING, Pending, Spool, stored_at
 
 log = logging.getLogger(__name__)
@@ -74,11 +75,14 @@ class Journal:
         self.next_number = 1
         self.retained: Any = None
         """The store of retained messages."""
+        self.heirs: Callable[[Message, int], bool] | None = None
+        """Gives a message to a member of the `$share` group with this mark; False when none takes it."""
         self.lost = 0
         """Queue entries the store could not bring back at start."""
         self._value_segments: dict[bytes, int] = {}
         self._origin_clock = clock_ms
         self._origin_now = core.now
+        core.clock_base = clock_ms - core.now * 1000
         self._number = 0
         self._hot: list[Pending] = []
         self._young: list[Pending] = []
@@ -101,6 +105,7 @@ class Journal:
         self.loads = 0
         """Reads that are under way: no segment is dropped meanwhile."""
         self.compaction = Compaction(self)
+        self.pace = Pace(core, call_later)
         self.origins: dict[bytes, Origin] = {}
         self._origin_bytes: dict[int, tuple[Origin, bytes]] = {}
         store.owner = self
@@ -132,18 +137,28 @@ class Journal:
     # messages -------------------------------------------------------------------------------------------------
 
     def take(
-        self, message: Message, spool: Spool, seq: int, qos: int, retain: bool, idents: Any, hold: Any, urgent: bool
+        self,
+        message: Message,
+        spool: Spool,
+        seq: int,
+        qos: int,
+        retain: bool,
+        idents: Any,
+        group: int,
+        hold: Any,
+        urgent: bool,
     ) -> Pending:
-        """This session must get the message. `hold` is released when it is on disk or need not be."""
+        """This session must get the message, through the `$share` group with this mark if not 0. `hold` is released
+        when it is on disk or need not be."""
         pending: Pending | None = message.pending
         if pending is None or pending.state != OPEN:
-            if not message.ident:
+            if message.clock_ms == 0:
                 self.core.stamp(message)
             pending = message.pending = Pending(message)
             self._enter(pending, urgent)
         elif urgent and not pending.urgent:
             self._hurry(pending)
-        pending.add(spool, seq, qos, retain, idents)
+        pending.add(spool, seq, qos, retain, idents, group)
         if hold is not None and pending.hold is None:
             pending.hold = hold
             hold.count += 1
@@ -193,7 +208,7 @@ class Journal:
         """The message is its topic's retained one now, in place of `old`, which is kept until this one is on disk."""
         pending: Pending | None = message.pending
         if pending is None or pending.state != OPEN:
-            if not message.ident:
+            if message.clock_ms == 0:
                 self.core.stamp(message)
             pending = message.pending = Pending(message)
             # the record of the old one may go as soon as everything urgent is handed over
@@ -347,6 +362,45 @@ class Journal:
         self.snapshot(spool)
         return spool
 
+    def leave(self, spool: Spool) -> None:
+        """The session is over, but what it had on disk is kept until it has been given to others."""
+        spool.over = True
+        self.snapshot(spool)
+        client_id = spool.session.client_id
+        self.ending[client_id] = self.ending.get(client_id, 0) + 1
+        self.after(lambda written: self._left(client_id, written))
+
+    def _left(self, client_id: str, written: bool) -> None:
+        if written or self.store.refusing == "failed":
+            self._ended(client_id)
+        else:
+            self.after(lambda written: self._left(client_id, written))
+
+    def _ended(self, client_id: str) -> None:
+        left = self.ending.pop(client_id) - 1
+        if left:
+            self.ending[client_id] = left
+
+    def pass_on(self, spool: Spool, seq: int, message: Message, taker: Any) -> bool:
+        """Give a message that was read back to another member of the `$share` group it came through. False when there
+        is none that takes it, or QoS 2 may have been sent; else the session's own copy may be forgotten at once: one
+        record says both."""
+        if taker.qos == 2 and seq < spool.again_below:
+            return False
+        if not taker.group or self.heirs is None or not self.heirs(message, taker.group):
+            return False
+        self.moves(message, spool, seq)
+        return True
+
+    def moves(self, message: Message, spool: Spool, seq: int) -> None:
+        """What other sessions have just taken was this one's before."""
+        self.hurry(message)
+        copy: Pending | None = message.pending
+        if copy is not None and copy.state == OPEN:
+            if copy.moved is None:
+                copy.moved = []
+            copy.moved.append((spool, seq))
+
     def snapshot(self, spool: Spool) -> None:
         """Write the session as a whole."""
         self._notes.append(spool)
@@ -394,7 +448,7 @@ class Journal:
 
     def copy(self, takers: list[Any], retained: Message | None, position: int, message: Message) -> None:
         """Write the message again for what still needs the record at this position."""
-        lines = [records.encode_taker(s.number, seq, qos, retain, idents) for s, seq, qos, retain, idents in takers]
+        lines = [records.encode_taker(taker[0].number, *taker[1:]) for taker in takers]
         record = records.encode_put(
             message,
             retained is not None,
@@ -577,16 +631,19 @@ class Journal:
         if pending.spool is not None:
             count = 1
             takers = records.encode_taker(
-                pending.spool.number, pending.seq, pending.qos, pending.retain, pending.idents
+                pending.spool.number, pending.seq, pending.qos, pending.retain, pending.idents, pending.group
             )
         if pending.more:
             count += len(pending.more)
             takers += b"".join(
                 [
-                    records.encode_taker(spool.number, seq, qos, retain, idents)
-                    for spool, seq, qos, retain, idents in pending.more
+                    records.encode_taker(spool.number, seq, qos, retain, idents, group)
+                    for spool, seq, qos, retain, idents, group in pending.more
                 ]
             )
+        if pending.moved:
+            count += len(pending.moved)
+            takers += b"".join([records.encode_moved(spool.number, seq) for spool, seq in pending.moved])
         publisher = pending.publisher
         return records.encode_put(
             message,
@@ -623,6 +680,8 @@ class Journal:
         fields["rel"] = released
         fields["gone"] = sorted(spool.gone) if spool.gone else []
         fields["marks"] = sorted(spool.marks) if spool.marks else []
+        if spool.over:
+            fields["over"] = True
         return records.encode_json(records.META, spool.number, fields)
 
     def written(self, number: int, places: list[tuple[int, int]]) -> None:
@@ -676,9 +735,7 @@ class Journal:
                 spool.segment = bases[frame] >> 32
                 live[spool.segment] += 1
         for client_id, _ in commit.ends:
-            left = self.ending.pop(client_id) - 1
-            if left:
-                self.ending[client_id] = left
+            self._ended(client_id)
         for key, frame in commit.values:
             before = self._value_segments.pop(key, 0)
             if before:
@@ -764,8 +821,8 @@ class Journal:
 
     # reading back ---------------------------------------------------------------------------------------------
 
-    def load(self, spool: Spool, entries: list[Any]) -> None:
-        """Read the messages of these backlog entries; `spool.loaded` gets them."""
+    def load(self, spool: Spool, entries: list[Any], loaded: Callable[[list[Any], list[Any]], None]) -> None:
+        """Read the messages of these backlog entries: `loaded` gets the entries and what `_read` says of each."""
         self.loads += 1
 
         def done(found: list[bytes | None]) -> None:
@@ -774,7 +831,7 @@ class Journal:
             clock = self.clock_ms()
             for entry, record in zip(entries, found, strict=True):
                 messages.append(self._read(spool, entry, record, clock))
-            spool.loaded(entries, messages)
+            loaded(entries, messages)
             if not self.loads:
                 self.compaction.tidy()
 

@@ -25,6 +25,7 @@ cdef class Message:
     cdef public Origin origin
     cdef public str ident
     cdef public long long time_ms
+    cdef public long long clock_ms
     cdef public bytes packet4
     cdef public bytes packet5
     cdef public bytes head4

@@ -51,6 +51,9 @@ class Message:
         self.origin = origin
         self.ident = ""
         self.time_ms = 0
+        """When it arrived, by the wall clock; as its identifier says."""
+        self.clock_ms = 0
+        """When it arrived, by `Core.clock`; 0 for nobody knows."""
         self.packet4: bytes | None = None
         self.packet5: bytes | None = None
         self.head4: bytes | None = None

@@ -63,6 +63,10 @@ class Receiver:
         (the publisher waits: `block`)."""
         return DONE
 
+    def has_room(self, size: int) -> bool:
+        """Whether a message from another receiver's queue may come here now."""
+        return True
+
 
 class Subscription:
     """One filter of one receiver. `group` is set for `$share` and for the lanes of an instance."""

@@ -47,6 +47,8 @@ KINDS = {
     VALUE: "value",
 }
 
+LAST_SEQ = 1 << 62
+"""No session gets this far."""
 HEADER = 5
 """Bytes before a record's payload."""
 
@@ -55,12 +57,19 @@ RETAIN = 1
 RETAINED = 2
 """This is the retained message of its topic."""
 
+CLOCKED = 4
+"""The time of arrival is on the store's clock; by the wall clock it is in the message's identifier."""
+
 TAKER_RETAIN = 4
 TAKER_IDENTS = 8
+TAKER_GROUP = 16
+"""It came through a `$share` group, whose mark follows."""
+TAKER_MOVED = 32
+"""Not a receiver: the session had the message under this number and has given it to those of this record."""
 
 _HEAD = struct.Struct("<BI")
 _PUT = struct.Struct("<BBQQIH16sHHII")
-"""flags, qos, arrival (wall, ms), expiry (store clock, ms, 0 for never), publishing session and its QoS 2 identifier,
+"""flags, qos, arrival (ms), expiry (store clock, ms, 0 for never), publishing session and its QoS 2 identifier,
 message id, number of takers, lengths of topic, origin and properties."""
 _TAKER = struct.Struct("<IQB")
 """session, sequence number, QoS with TAKER_ bits."""
@@ -76,14 +85,19 @@ class RecordError(ValueError):
 
 
 class Taker:
-    """One session that must get a stored message: where in its order, at which QoS, with which extras."""
+    """One session that must get a stored message: where in its order, at which QoS, with which extras. `group` is the
+    mark of the `$share` group it came through, 0 for none."""
 
-    def __init__(self, session: int, seq: int, qos: int, retain: bool, idents: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, session: int, seq: int, qos: int, retain: bool, idents: tuple[int, ...] | None, group: int, moved: bool
+    ) -> None:
         self.session = session
         self.seq = seq
         self.qos = qos
         self.retain = retain
         self.idents = idents
+        self.group = group
+        self.moved = moved
 
 
 def encode_put(
@@ -99,10 +113,15 @@ def encode_put(
     """A PUT. `takers` is `count` results of `encode_taker`; `publisher` is 0 without a QoS 2 identifier to keep."""
     properties = message.properties
     ident = bytes.fromhex(message.ident) if message.ident else NO_IDENT
+    flags = (RETAIN if message.retain else 0) | (RETAINED if retained else 0)
+    arrival = message.time_ms
+    if message.clock_ms and message.time_ms == int.from_bytes(ident[:6], "big"):
+        flags |= CLOCKED
+        arrival = message.clock_ms
     fixed = _PUT.pack(
-        (RETAIN if message.retain else 0) | (RETAINED if retained else 0),
+        flags,
         message.qos,
-        message.time_ms,
+        arrival,
         expires_ms,
         publisher,
         publisher_ident,
@@ -116,16 +135,30 @@ def encode_put(
     return b"".join((_HEAD.pack(PUT, size), fixed, takers, message.topic, origin, properties, message.payload))
 
 
-def encode_taker(session: int, seq: int, qos: int, retain: bool, idents: tuple[int, ...] | None) -> bytes:
+def encode_taker(
+    session: int, seq: int, qos: int, retain: bool, idents: tuple[int, ...] | None, group: int = 0
+) -> bytes:
     """One receiver of a PUT."""
-    bits = qos | (TAKER_RETAIN if retain else 0)
+    bits = qos | (TAKER_RETAIN if retain else 0) | (TAKER_GROUP if group else 0)
     if idents is None:
-        return _TAKER.pack(session, seq, bits)
-    return _TAKER.pack(session, seq, bits | TAKER_IDENTS) + struct.pack(f"<B{len(idents)}I", len(idents), *idents)
+        fixed = _TAKER.pack(session, seq, bits)
+    else:
+        fixed = _TAKER.pack(session, seq, bits | TAKER_IDENTS) + struct.pack(f"<B{len(idents)}I", len(idents), *idents)
+    return fixed + group.to_bytes(4, "little") if group else fixed
+
+
+def encode_moved(session: int, seq: int) -> bytes:
+    """Who had a PUT's message before, among its receivers and counted with them."""
+    return _TAKER.pack(session, seq, TAKER_MOVED)
 
 
 def decode_takers(payload: bytes) -> list[Taker]:
     """The takers of a PUT's payload. Raises RecordError."""
+    return [taker for taker in decode_all_takers(payload) if not taker.moved]
+
+
+def decode_all_takers(payload: bytes) -> list[Taker]:
+    """As `decode_takers`, with those that are `moved`. Raises RecordError."""
     try:
         count = payload[40] | payload[41] << 8
         at = PUT_FIXED
@@ -133,12 +166,19 @@ def decode_takers(payload: bytes) -> list[Taker]:
         for _ in range(count):
             session, seq, bits = _TAKER.unpack_from(payload, at)
             at += 13
+            if seq > LAST_SEQ:
+                raise RecordError("an impossible sequence number")
             idents = None
             if bits & TAKER_IDENTS:
                 n = payload[at]
                 idents = struct.unpack_from(f"<{n}I", payload, at + 1)
                 at += 1 + 4 * n
-            found.append(Taker(session, seq, bits & 3, bits & TAKER_RETAIN != 0, idents))
+            group = 0
+            if bits & TAKER_GROUP:
+                group = int.from_bytes(payload[at : at + 4], "little")
+                at += 4
+            retain, moved = bits & TAKER_RETAIN != 0, bits & TAKER_MOVED != 0
+            found.append(Taker(session, seq, bits & 3, retain, idents, group, moved))
         return found
     except (struct.error, IndexError) as error:
         raise RecordError(f"the receivers of a message cannot be read: {error}") from None
@@ -157,6 +197,8 @@ def decode_message(payload: bytes, now: float, clock_ms: int, origins: dict[byte
             at += 13
             if bits & TAKER_IDENTS:
                 at += 1 + 4 * payload[at]
+            if bits & TAKER_GROUP:
+                at += 4
         if at + n_topic + n_origin + n_props > len(payload) or qos > 2 or n_topic == 0:
             raise RecordError("lengths of a message do not fit its record")
         topic = payload[at : at + n_topic]
@@ -181,17 +223,25 @@ def decode_message(payload: bytes, now: float, clock_ms: int, origins: dict[byte
         topic, payload[at + n_props :], qos, flags & RETAIN != 0, payload[at : at + n_props], expires, origin
     )
     message.ident = ident.hex() if ident != NO_IDENT else ""
-    message.time_ms = time_ms
+    message.time_ms, message.clock_ms = _arrival(flags, time_ms, ident)
+    if message.clock_ms == 0:  # of an older release: its age counts from now on
+        message.clock_ms = clock_ms
     return message
 
 
-def put_fields(payload: bytes) -> tuple[int, int, int, int, int]:
-    """(flags, arrival in ms, expiry in ms, publishing session, its QoS 2 identifier) of a PUT. Raises RecordError."""
+def _arrival(flags: int, arrival: int, ident: bytes) -> tuple[int, int]:
+    """When a message came by the wall clock, and by the store's (0 where the record does not say)."""
+    return (int.from_bytes(ident[:6], "big"), arrival) if flags & CLOCKED else (arrival, 0)
+
+
+def put_fields(payload: bytes) -> tuple[int, tuple[int, int], int, int, int]:
+    """(flags, arrival in ms by the wall clock and by the store's, expiry in ms, publishing session, its QoS 2
+    identifier) of a PUT. Raises RecordError."""
     try:
         fields = _PUT.unpack_from(payload, 0)
     except struct.error as error:
         raise RecordError(f"a message cannot be read: {error}") from None
-    return fields[0], fields[2], fields[3], fields[4], fields[5]
+    return fields[0], _arrival(fields[0], fields[2], fields[6]), fields[3], fields[4], fields[5]
 
 
 def put_topic(payload: bytes) -> tuple[bytes, int]:
@@ -203,6 +253,8 @@ def put_topic(payload: bytes) -> tuple[bytes, int]:
             at += 13
             if bits & TAKER_IDENTS:
                 at += 1 + 4 * payload[at]
+            if bits & TAKER_GROUP:
+                at += 4
         n = payload[42] | payload[43] << 8
         size = len(payload) - at - (payload[44] | payload[45] << 8)
         if size < n:
@@ -269,9 +321,12 @@ def decode_acked(payload: bytes) -> tuple[int, int, tuple[int, ...]]:
     """(session, floor, single ones). Raises RecordError."""
     try:
         session, floor, n = _ACKED.unpack_from(payload, 0)
-        return session, floor, struct.unpack_from(f"<{n}Q", payload, 16)
+        seqs = struct.unpack_from(f"<{n}Q", payload, 16)
     except struct.error as error:
         raise RecordError(f"acknowledgements cannot be read: {error}") from None
+    if floor > LAST_SEQ or any(seq > LAST_SEQ for seq in seqs):
+        raise RecordError("an impossible sequence number")
+    return session, floor, seqs
 
 
 def encode_released(session: int, seq: int) -> bytes:
@@ -285,6 +340,8 @@ def decode_released(payload: bytes) -> tuple[int, int]:
         session, seq = _RELEASED.unpack(payload)
     except struct.error as error:
         raise RecordError(f"a release cannot be read: {error}") from None
+    if seq > LAST_SEQ:
+        raise RecordError("an impossible sequence number")
     return session, seq
 
 
@@ -338,7 +395,7 @@ def describe(kind: int, payload: bytes) -> dict[str, Any]:
     """A record for people, ready for JSON; payloads of messages as their length. Raises RecordError."""
     found: dict[str, Any] = {"kind": KINDS.get(kind, f"unknown {kind}")}
     if kind == PUT:
-        flags, time_ms, expires_ms, publisher, ident = put_fields(payload)
+        flags, (time_ms, _), expires_ms, publisher, ident = put_fields(payload)
         message = decode_message(payload, 0.0, 0, {})
         found |= {
             "id": message.ident,
@@ -352,6 +409,9 @@ def describe(kind: int, payload: bytes) -> dict[str, Any]:
             "clientid": message.origin.client_id if message.origin is not None else None,
             "receivers": [{"session": t.session, "seq": t.seq, "qos": t.qos} for t in decode_takers(payload)],
         }
+        moved = [{"session": t.session, "seq": t.seq} for t in decode_all_takers(payload) if t.moved]
+        if moved:
+            found["moved_from"] = moved
         if publisher:
             found["published_as"] = {"session": publisher, "packet_id": ident}
     elif kind in (META, SUBSCRIBED, LIFE):

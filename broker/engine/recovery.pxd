@@ -6,13 +6,17 @@ from broker.engine.records cimport Taker
 cdef class Found:
     cdef public dict fields
     cdef public dict subscriptions
-    cdef public dict entries
+    cdef public object entries
     cdef public long long floor
     cdef public set done
     cdef public set released
     cdef public set marks
     cdef public long long next_seq
     cdef public unsigned int segment
+    cdef public bint over
+
+    @cython.locals(floor="long long", seq="long long", last="long long", at=Py_ssize_t, ascending=bint, done=set, released=set)
+    cpdef object alive(self)
 
 
 cdef class Recovery:
@@ -23,7 +27,6 @@ cdef class Recovery:
     cdef public unsigned int highest
     cdef public int bad
     cdef public long long queued
-    cdef public list expired
 
     cpdef Found _session(self, unsigned int number)
     cpdef _one(self, object position, int kind, bytes payload)

@@ -8,6 +8,7 @@ broker died, and a session kept for too long loses nothing.
 """
 
 import logging
+from array import array
 from base64 import b64decode
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -29,18 +30,46 @@ REPORTED = 10
 
 
 class Found:
-    """One session while records are read. `entries` is seq → (position, size, time)."""
+    """One session while records are read. `entries` holds (sequence number, position, size << 32 | time) of every
+    message it was ever to get, as numbers: a queue may be longer than what fits into memory as objects."""
 
     def __init__(self) -> None:
         self.fields: dict[str, Any] | None = None
         self.subscriptions: dict[str, list[Any]] = {}
-        self.entries: dict[int, tuple[int, int, int]] = {}
+        self.entries = array("Q")
         self.floor = 1
         self.done: set[int] = set()
         self.released: set[int] = set()
         self.marks: set[int] = set()
         self.next_seq = 1
         self.segment = 0
+        self.over = False
+        """It had ended, and its messages were being given to others."""
+
+    def alive(self) -> "array[int]":
+        """The entries nobody has acknowledged, ascending; of one that was copied, the newest place."""
+        entries, floor, done, released = self.entries, self.floor, self.done, self.released
+        kept = array("Q")
+        last = 0
+        ascending = True
+        for at in range(0, len(entries), 3):
+            seq = entries[at]
+            if seq < floor or seq in done or seq in released:
+                continue
+            if seq <= last:
+                ascending = False
+            last = seq
+            kept.append(seq)
+            kept.append(entries[at + 1])
+            kept.append(entries[at + 2])
+        if ascending:
+            return kept
+        newest = {kept[at]: at for at in range(0, len(kept), 3)}
+        found = array("Q")
+        for seq in sorted(newest):
+            at = newest[seq]
+            found.extend(kept[at : at + 3])
+        return found
 
 
 class Recovery:
@@ -55,8 +84,6 @@ class Recovery:
         self.bad = 0
         """Records that made no sense."""
         self.queued = 0
-        self.expired: list[Session] = []
-        """Ended while the broker was down."""
 
     def read(self, segment: int, offset: int, body: bytes) -> None:
         """One frame: where its body begins, and the body."""
@@ -65,7 +92,7 @@ class Recovery:
             for at, kind, payload in records.iterate(body):
                 try:
                     self._one(base + at, kind, payload)
-                except (records.RecordError, KeyError, TypeError, ValueError) as error:
+                except (KeyError, OverflowError, TypeError, ValueError) as error:  # RecordError is a ValueError
                     self._reject(base + at, kind, error)
         except records.RecordError as error:
             self._reject(base, 0, error)
@@ -98,7 +125,6 @@ class Recovery:
             found = self._session(number)
             found.floor = max(found.floor, floor)
             for seq in seqs:
-                found.entries.pop(seq, None)
                 found.released.discard(seq)
                 found.done.add(seq)
                 if seq >= found.next_seq:  # its message may never have been written, no other may get its number
@@ -106,7 +132,6 @@ class Recovery:
         elif kind == records.RELEASED:
             number, seq = records.decode_released(payload)
             found = self._session(number)
-            found.entries.pop(seq, None)
             found.released.add(seq)
         elif kind == records.META:
             self._snapshot(position, payload)
@@ -142,16 +167,18 @@ class Recovery:
             raise records.RecordError(f"kind {kind} is not known")
 
     def _put(self, position: int, payload: bytes) -> None:
-        flags, time_ms, _, publisher, ident = records.put_fields(payload)
+        flags, (_, clock_ms), _, publisher, ident = records.put_fields(payload)
         topic, size = records.put_topic(payload)
-        for taker in records.decode_takers(payload):
+        for taker in records.decode_all_takers(payload):
             if taker.session in self.ended:
                 continue
             found = self._session(taker.session)
             if taker.seq >= found.next_seq:
                 found.next_seq = taker.seq + 1
-            if taker.seq >= found.floor and taker.seq not in found.done and taker.seq not in found.released:
-                found.entries[taker.seq] = (position, size, time_ms // 1000)
+            if taker.moved:
+                found.done.add(taker.seq)
+            elif taker.seq >= found.floor and taker.seq not in found.done and taker.seq not in found.released:
+                found.entries.extend((taker.seq, position, size << 32 | (clock_ms + 999) // 1000 & 0xFFFFFFFF))
         if publisher and publisher not in self.ended:
             self._session(publisher).marks.add(ident)
         if flags & records.RETAINED:
@@ -174,13 +201,9 @@ class Recovery:
         marks = _numbers(fields["marks"], IDENTIFIERS)
         subscriptions = {entry[0]: _subscription(entry) for entry in fields["subs"]}
         found = self._session(number)
-        found.entries = {
-            seq: entry
-            for seq, entry in found.entries.items()
-            if seq >= floor and seq not in gone and seq not in released and (seq >= sent or seq in unacknowledged)
-        }
         # a message whose first copy was dropped with its segment may come again behind this record: it says who is done
-        found.done = gone | {seq for seq in range(floor, sent) if seq not in unacknowledged and seq not in released}
+        done = {seq for seq in range(floor, sent) if seq not in unacknowledged and seq not in released}
+        found.done = gone | done | {seq for seq in found.done if seq >= sent}
         found.released = released
         found.marks = marks
         found.floor = floor
@@ -188,23 +211,30 @@ class Recovery:
         found.subscriptions = subscriptions
         found.fields = fields
         found.segment = position >> 32
+        found.over = bool(fields.get("over"))
 
     # putting it in place --------------------------------------------------------------------------------------
 
     def install(self, engine: Any, journal: Journal) -> None:
-        """Make the sessions, queues, retained messages and table entries effective. What expired meanwhile is not."""
+        """Make the sessions, queues, retained messages and table entries effective. Retained messages that expired
+        meanwhile are not; sessions that did end with the first tick, when the gate can judge their wills."""
         journal.next_number = self.highest + 1
         live = journal.live
         for key, (position, value) in self.values.items():
             journal.adopt_value(key, value, position)
         clock = journal.clock_ms()
-        newest = {f.fields["c"]: n for n, f in sorted(self.sessions.items()) if f.fields is not None}
+        live_ones = sorted((n, f.fields) for n, f in self.sessions.items() if f.fields is not None and not f.over)
+        newest = {fields["c"]: number for number, fields in live_ones}
         for number, found in self.sessions.items():
             fields = found.fields
             if fields is None:
-                if found.entries or found.subscriptions:
+                lost = len(found.alive()) // 3
+                if lost or found.subscriptions:
                     self._reject(0, records.META, records.RecordError(f"session {number} has no snapshot"))
-                    self.bad += max(0, len(found.entries) - 1)  # it counted one
+                    self.bad += max(0, lost - 1)  # it counted one
+                continue
+            if found.over:
+                self._install_legacy(engine, journal, number, found)
                 continue
             if newest[fields["c"]] != number:  # its end is the one record the crash took
                 journal.note(records.encode_session(records.END, number))
@@ -225,8 +255,6 @@ class Recovery:
                 live[position >> 32] = live.get(position >> 32, 0) + 1
             else:
                 engine.core.drop("retained_full")
-        for session in self.expired:
-            engine.end_session(session)
 
     def _install_session(self, engine: Any, journal: Journal, number: int, found: Found, clock: int) -> None:
         fields = found.fields
@@ -263,20 +291,38 @@ class Recovery:
                 engine.restore_subscription(session, raw, qos, no_local, rap, ident)
         if ends:
             session.ends_at = journal.from_clock(ends)
+        if fields["will"] is not None:
+            session.will_terms = fields["will"].get("terms")
         engine.continue_session(session, _will(fields["will"], journal))
         if fields["on"]:  # or the next restart would let its expiry and its will begin once more
             journal.note(records.encode_json(records.LIFE, number, session.life(journal, False)))
-        if ends and ends <= clock:
-            self.expired.append(session)
+
+    def _install_legacy(self, engine: Any, journal: Journal, number: int, found: Found) -> None:
+        """What an ended session left behind goes on to be given away."""
+        fields = found.fields
+        assert fields is not None
+        session = Session(fields["c"], engine.core)
+        session.window = int(fields["w"])
+        spool = session.spool = Spool(session, journal, number)
+        journal.spools[number] = spool
+        spool.over = True
+        spool.segment = found.segment
+        journal.live[found.segment] = journal.live.get(found.segment, 0) + 1
+        self._restore_queue(journal, session, spool, found)
+        engine.legacies.add(session)
 
     def _restore_queue(self, journal: Journal, session: Session, spool: Spool, found: Found) -> None:
         floor = found.floor
-        alive = sorted(seq for seq in found.entries if seq >= floor)
+        alive = found.alive()
         released = sorted(seq for seq in found.released if seq >= floor)
-        spool.next_seq = max(found.next_seq, floor, *(s + 1 for s in alive[-1:]), *(s + 1 for s in released[-1:]))
-        spool.floor = spool.sent = min(alive[:1] + released[:1] + [spool.next_seq])
+        newest = max(alive[-3] if alive else 0, released[-1] if released else 0)
+        spool.next_seq = max(found.next_seq, floor, newest + 1)
+        spool.floor = spool.sent = min(list(alive[:1]) + released[:1] + [spool.next_seq])
         # nobody knows which of these the client has got already, at most as many as its window takes
-        spool.again_below = alive[min(len(alive), session.window) - 1] + 1 if alive else 0
+        spool.again_below = alive[3 * (min(len(alive) // 3, session.window) - 1)] + 1 if alive else 0
+        assert found.fields is not None
+        if not found.fields["on"]:  # what came when the client was gone it has not got
+            spool.again_below = min(spool.again_below, found.fields.get("a", spool.again_below))
         if released:
             inflight = session.inflight = Inflight()
             for seq in released:
@@ -288,13 +334,14 @@ class Recovery:
         if alive:
             backlog = spool.backlog = Backlog(journal.scratch)
             live = journal.live
-            for seq in alive:
-                position, size, time = found.entries[seq]
-                backlog.append(seq, position, size, time)
-                session.queue_bytes += size
+            now = journal.clock_ms() // 1000 + 1
+            for at in range(0, len(alive), 3):
+                position, both = alive[at + 1], alive[at + 2]
+                backlog.append(alive[at], position, both >> 32, both & 0xFFFFFFFF or now)
+                session.queue_bytes += both >> 32
                 live[position >> 32] = live.get(position >> 32, 0) + 1
-            self.queued += len(alive)
-        found.entries = {}
+            self.queued += len(alive) // 3
+        found.entries = array("Q")
 
 
 def _will(fields: dict[str, Any] | None, journal: Journal) -> tuple[Message, float, float] | None:
@@ -322,6 +369,8 @@ def _life(fields: dict[str, Any]) -> dict[str, Any]:
     ends, expiry, window, will = fields["x"], fields["e"], fields["w"], fields["will"]
     if not isinstance(ends, int) or not isinstance(expiry, int | float) or not isinstance(window, int):
         raise records.RecordError("a connection whose numbers are none")
+    if type(fields.get("a", 0)) is not int:
+        raise records.RecordError("a connection that ended nowhere")
     if ends < 0 or expiry < 0 or window < 1:
         raise records.RecordError("a connection with impossible numbers")
     if will is not None:
@@ -330,10 +379,13 @@ def _life(fields: dict[str, Any]) -> dict[str, Any]:
             raise records.RecordError("a will that cannot be published")
         if not isinstance(will["delay"], int | float) or not isinstance(will["at"], int):
             raise records.RecordError("a will that is due at no time")
-    return {"on": bool(fields["on"]), "x": ends, "e": expiry, "w": window, "v5": bool(fields["v5"]), "will": will}
+        if not isinstance(will.get("terms"), dict | None):
+            raise records.RecordError("a will whose owner is unknown")
+    life = {"on": bool(fields["on"]), "x": ends, "e": expiry, "w": window, "v5": bool(fields["v5"]), "will": will}
+    return life | {"a": fields["a"]} if "a" in fields else life
 
 
-def _numbers(found: Any, highest: int = 1 << 62) -> set[int]:
+def _numbers(found: Any, highest: int = records.LAST_SEQ) -> set[int]:
     """Sequence numbers or packet identifiers, checked. Raises RecordError."""
     if not isinstance(found, list) or not all(type(n) is int and 0 < n <= highest for n in found):
         raise records.RecordError("a session with impossible numbers")

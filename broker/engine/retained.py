@@ -27,7 +27,38 @@ class Retained:
         self.bytes = 0
         self.removed: Callable[[Message], None] | None = None
         """Told of each message that expired."""
+        self.max_per_client = 0
+        self._owned: dict[str, int] | None = None
+        """How many each client has left here; None while nobody asks."""
         self._root = _Node()
+
+    def limit_clients(self, most: int) -> None:
+        """How many messages of one client are kept from now on, 0 for no limit; what is here stays."""
+        self.max_per_client = most
+        if not most:
+            self._owned = None
+        elif self._owned is None:
+            self._owned = {}
+            for message in self.all():
+                self._count(message, 1)
+
+    def over_quota(self, message: Message) -> bool:
+        """Whether the message is one too many of its client; never one of the broker itself, a sink or a bridge."""
+        owner = _owner(message)
+        if self._owned is None or owner is None or self._owned.get(owner, 0) < self.max_per_client:
+            return False
+        old = self.get(message.topic)
+        return old is None or _owner(old) != owner
+
+    def _count(self, message: Message, by: int) -> None:
+        owner = _owner(message)
+        if self._owned is None or owner is None:
+            return
+        count = self._owned.get(owner, 0) + by
+        if count > 0:
+            self._owned[owner] = count
+        else:
+            self._owned.pop(owner, None)
 
     def store(self, message: Message) -> bool:
         """Keep the message in place of the topic's older one; False when a limit forbids it."""
@@ -54,6 +85,9 @@ class Retained:
             if child is None:
                 child = node.children[level] = _Node()
             node = child
+        if old is not None:
+            self._count(old, -1)
+        self._count(message, 1)
         node.message = message
         self.count += 0 if old is not None else 1
         self.bytes += size - freed
@@ -81,6 +115,7 @@ class Retained:
             return False
         self.count -= 1
         self.bytes -= node.message.size + FIXED
+        self._count(node.message, -1)
         node.message = None
         while path and node.message is None and not node.children:
             node, level = path.pop()
@@ -146,3 +181,9 @@ class Retained:
                 found.append(node.message)
             stack.extend((node.children or {}).values())
         return found
+
+
+def _owner(message: Message) -> str | None:
+    """The client a message counts for."""
+    origin = message.origin
+    return origin.client_id if origin is not None and origin.instance is None else None

@@ -33,6 +33,7 @@ cdef class Session(Receiver):
     cdef public object retained
     cdef public object will
     cdef public double will_delay
+    cdef public dict will_terms
     cdef public dict timers
     cdef public double created
     cdef public long long acked

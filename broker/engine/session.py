@@ -65,6 +65,8 @@ class Session(Receiver):
         self.retained: Any = None
         self.will: Any = None
         self.will_delay = 0.0
+        self.will_terms: dict[str, Any] | None = None
+        """What the gate is to be told of the will's owner after a restart; None where the owner may not publish it."""
         self.timers: dict[str, Any] | None = None
         self.created = core.now
         self.acked = 0
@@ -162,7 +164,8 @@ class Session(Receiver):
         else:
             hold = None
         spool.next_seq = seq + 1
-        pending = journal.take(message, spool, seq, qos, retain, idents, safe, not direct)
+        mark = group.mark if group is not None else 0
+        pending = journal.take(message, spool, seq, qos, retain, idents, mark, safe, not direct)
         if direct and box is not None:
             self._send(box, message, qos, retain, idents, hold, group, seq, pending)
         else:
@@ -354,13 +357,15 @@ class Session(Receiver):
     def life(self, journal: Journal, connected: bool) -> dict[str, Any]:
         """What changes when a connection comes or goes, as the journal keeps it."""
         will = self.will
+        spool = self.spool
         return {
             "on": connected,
+            "a": 0 if connected or spool is None else max(spool.sent, spool.again_below),
             "x": 0 if connected else journal.to_clock(self.ends_at),
             "e": self.expiry,
             "w": self.window,
             "v5": bool(self.v5),
-            "will": None if will is None else will_fields(will, self.will_delay, journal.to_clock(self.will_at())),
+            "will": None if will is None else will_fields(self, journal.to_clock(self.will_at())),
         }
 
     def will_at(self) -> float:
@@ -371,16 +376,18 @@ class Session(Receiver):
     def snapshot(self, journal: Journal) -> dict[str, Any]:
         """The session as the journal keeps it, but for its sequence numbers."""
         fields: dict[str, Any] = {"c": self.client_id, "o": self.owner, "k": self.created}
-        fields.update(self.life(journal, self.outbox is not None))
+        over = self.spool is not None and self.spool.over
+        # one whose CONNACK waits for this very record has no outbox yet, and no end
+        fields.update(self.life(journal, self.outbox is not None or (self.ends_at == 0 and not over)))
         fields["subs"] = [
             [filter_of(s).decode(), s.qos, bool(s.no_local), bool(s.rap), s.ident] for s in self.subscriptions or ()
         ]
         return fields
 
     def oldest_queued_ms(self) -> int:
-        """When the oldest message that queues came, milliseconds since 1970; 0 when none does."""
+        """When the oldest message that queues came, milliseconds of `Core.clock`; 0 when none does."""
         if self.queue:
-            return int(self.queue[0][0].time_ms)
+            return int(self.queue[0][0].clock_ms)
         spool = self.spool
         if spool is None:
             return 0
@@ -389,7 +396,7 @@ class Session(Receiver):
         first = spool.backlog.first() if spool.backlog is not None else None
         if first is not None:
             return int(first[3]) * 1000
-        return int(spool.tail[0][0].time_ms) if spool.tail else 0
+        return int(spool.tail[0][0].clock_ms) if spool.tail else 0
 
     def oldest_ms(self) -> int:
         """When the oldest unacknowledged message of an instance came, milliseconds since 1970; 0 when there is none."""
@@ -400,7 +407,8 @@ class Session(Receiver):
                 at = body.find(b'"t":') if body is not None else -1
                 if at >= 0:
                     return int(body[at + 4 : body.find(b",", at)])
-        return self.oldest_queued_ms()
+        queued = self.oldest_queued_ms()
+        return self.core.wall_ms - (self.core.clock() - queued) if queued else 0
 
     def drain(self) -> None:
         """Move what queues into the in-flight window, as far as the client takes it."""
@@ -424,7 +432,7 @@ class Session(Receiver):
                 if pending is not None and pending.state == FAILED:
                     self.discard(entry, "store_failed")
                     continue
-                if 0 < message.time_ms < oldest:
+                if 0 < message.clock_ms < oldest:
                     if pending is not None and spool is not None:
                         spool.passed(seq, self.inflight)
                     self.discard(entry, "too_old")
@@ -458,9 +466,9 @@ class Session(Receiver):
             self.unblock()
 
     def _oldest_kept(self) -> int:
-        """Messages that came before this, in milliseconds since 1970, have waited too long; 0 where none has."""
+        """Messages that came before this, by `Core.clock`, have waited too long; not above 0 where none has."""
         age = self.spec.max_age if self.spec is not None else self.core.limits.max_queued_age
-        return int(self.core.wall_ms - age * 1000) if age else 0
+        return int(self.core.clock() - age * 1000) if age else 0
 
     def _may_go(self, entry: Any) -> bool:
         """Whether the window takes this queue entry now."""
@@ -743,24 +751,47 @@ class Session(Receiver):
         if not resend:
             self.resend = None
 
-    def take_shared(self) -> list[Any]:
+    def take_shared(self, over: bool = False) -> list[Any]:
         """What was sent or queued through a shared subscription and another connected member may have: QoS 1 in flight
         and what queues in memory. QoS 2 already sent waits for this client [MQTT-4.8.2-4], and so does what queues on
-        disk. It is removed, but for what is in flight and stored: that waits for `moved`."""
+        disk. It is removed, but for what is in flight and stored: that waits for `moved`.
+
+        When the session is `over`, any member will do, and what is on disk and still in memory is taken too."""
         taken = []
         inflight = self.inflight
         if inflight is not None and inflight.refs is not None:
             for ident, state, _, _, ref in inflight.entries():
-                if ref is not None and ref[1] is not None and state == SENT and ref[1].elsewhere(self, ref[2]):
+                if ref is not None and ref[1] is not None and state == SENT and self._leaves(ref[1], ref[2], over):
                     pending = inflight.stored_of(ident)
                     seq = self._seq_of(ident) if pending is not None else 0
                     if pending is None:
                         inflight.remove(ident)
                     taken.append((ref[2], ref[3], ref[4], ref[5], ref[0], ref[1], seq, pending))
-        self.queue = self._without_shared(self.queue, taken)
+        self.queue = self._without_shared(self.queue, taken, over)
         if self.spool is not None:
-            self.spool.tail = self._without_shared(self.spool.tail, taken)
+            self.spool.tail = self._without_shared(self.spool.tail, taken, over)
         return taken
+
+    def _leaves(self, group: Any, message: Message, over: bool) -> bool:
+        return bool(group.members) if over else bool(group.elsewhere(self, message))
+
+    def group_of(self, mark: int) -> Any:
+        """The `$share` group with this mark, if the session is a member."""
+        for subscription in self.subscriptions or ():
+            if subscription.group is not None and subscription.group.mark == mark:
+                return subscription.group
+        return None
+
+    def has_room(self, size: int) -> bool:
+        """As `Receiver.has_room`: half of the queue is left to live messages."""
+        limits = self.core.limits
+        if self.outbox is None:
+            if not self.persistent or limits.max_queued_messages == 0:
+                return False
+        elif self.outbox.congested:
+            return False
+        full = limits.max_queued_bytes and 2 * (self.queue_bytes + size) > limits.max_queued_bytes
+        return self.waiting <= limits.max_queued_messages // 2 and not full
 
     def take_queued(self, group: Any) -> list[Any]:
         """Remove and return what queues in memory through a group that the session has left."""
@@ -772,13 +803,13 @@ class Session(Receiver):
             self.queue_bytes -= entry[0].size
         return taken
 
-    def _without_shared(self, queue: Any, taken: list[Any]) -> Any:
+    def _without_shared(self, queue: Any, taken: list[Any], over: bool) -> Any:
         if queue is None:
             return None
         kept: Any = deque()
         for entry in queue:
-            on_disk = entry[7] is not None and entry[7].state != OPEN
-            if entry[5] is None or on_disk or not entry[5].elsewhere(self, entry[0]):
+            on_disk = not over and entry[7] is not None and entry[7].state != OPEN
+            if entry[5] is None or on_disk or not self._leaves(entry[5], entry[0], over):
                 kept.append(entry)
             else:
                 self.queue_bytes -= entry[0].size
@@ -794,10 +825,8 @@ class Session(Receiver):
         copy = message.pending
         in_flight = self.inflight is not None and self.inflight.stored_of((seq - 1) % 65535 + 1) is pending
         if (pending.state == STORED or pending.state == WRITING) and copy is not None and copy.state == OPEN:
-            if copy.moved is None:
-                copy.moved = []
+            self.core.journal.moves(message, spool, seq)
             if in_flight:
-                copy.moved.append((spool, seq))
                 if self.inflight is not None:
                     self.inflight.attach((seq - 1) % 65535 + 1, None)  # it moves once
                 return
@@ -833,7 +862,7 @@ class Session(Receiver):
         """Why a message that comes back from disk is not delivered any more; empty when it is."""
         if message.expires != 0 and message.expires <= self.core.now:
             return "expired"
-        if message.time_ms < self._oldest_kept():
+        if message.clock_ms < self._oldest_kept():
             return "too_old"
         withheld: str = self.core.withholds(self, message) if self.core.withholds is not None else ""
         return withheld
@@ -870,8 +899,9 @@ def filter_of(subscription: Subscription) -> bytes:
     return subscription.filter if name is None else b"$share/" + name + b"/" + subscription.filter
 
 
-def will_fields(will: Message, delay: float, at_ms: int) -> dict[str, Any]:
+def will_fields(session: Session, at_ms: int) -> dict[str, Any]:
     """A will as the journal keeps it: `at_ms` is when it is due on the store's clock, 0 while the client is there."""
+    will: Message = session.will
     return {
         "topic": will.topic.decode(),
         "payload": b64encode(will.payload).decode(),
@@ -879,8 +909,9 @@ def will_fields(will: Message, delay: float, at_ms: int) -> dict[str, Any]:
         "retain": bool(will.retain),
         "properties": b64encode(will.properties).decode(),
         "expires": will.expires,
-        "delay": delay,
+        "delay": session.will_delay,
         "at": at_ms,
+        "terms": session.will_terms,
         "origin": will.origin.prefix() + "}" if will.origin is not None else "",
     }
 

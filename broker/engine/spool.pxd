@@ -12,6 +12,7 @@ cdef class Pending:
     cdef public int qos
     cdef public bint retain
     cdef public object idents
+    cdef public unsigned int group
     cdef public list more
     cdef public int left
     cdef public object hold
@@ -24,7 +25,7 @@ cdef class Pending:
     cdef public int state
     cdef public unsigned long long position
 
-    cpdef add(self, Spool spool, long long seq, int qos, bint retain, object idents)
+    cpdef add(self, Spool spool, long long seq, int qos, bint retain, object idents, unsigned int group)
     @cython.locals(i=Py_ssize_t, entry=tuple)
     cpdef drop(self, Spool spool, long long seq)
     cpdef list takers(self)
@@ -48,7 +49,9 @@ cdef class Spool:
     cdef public set marks
     cdef public dict marking
     cdef public bint dirty
+    cdef public bint paused
     cdef public unsigned int segment
+    cdef public bint over
     cdef object __weakref__
 
     cpdef finish(self, long long seq, Pending pending, Inflight inflight)

@@ -7,6 +7,7 @@ a message is sent. A message waits in one of four places, oldest first: `session
 """
 
 from collections import deque
+from time import thread_time
 from typing import Any
 
 from broker.engine.backlog import Backlog
@@ -41,8 +42,10 @@ class Pending:
         self.qos = 0
         self.retain = False
         self.idents: Any = None
+        self.group = 0
+        """The mark of the `$share` group it came through, 0 for none."""
         self.more: list[Any] | None = None
-        """Further takers as tuples (spool, seq, qos, retain, idents)."""
+        """Further takers as tuples (spool, seq, qos, retain, idents, group)."""
         self.left = 0
         """Takers that have not acknowledged."""
         self.hold: Any = None
@@ -53,12 +56,13 @@ class Pending:
         self.replaces: Message | None = None
         """The retained message on disk whose place this one takes as soon as it is there too."""
         self.moved: list[tuple[Spool, int]] | None = None
-        """(spool, seq) of sessions that give their copy up once this one is on disk: a `$share` member is gone."""
+        """(spool, seq) of sessions that give their copy up once this one is on disk, because a `$share` member is gone.
+        The record names them too, so that no crash comes between."""
         self.urgent = False
         self.state = OPEN
         self.position = 0
 
-    def add(self, spool: "Spool", seq: int, qos: int, retain: bool, idents: Any) -> None:
+    def add(self, spool: "Spool", seq: int, qos: int, retain: bool, idents: Any, group: int) -> None:
         """One more session must get the message."""
         self.left += 1
         if self.spool is None and self.more is None:
@@ -67,10 +71,11 @@ class Pending:
             self.qos = qos
             self.retain = retain
             self.idents = idents
+            self.group = group
         else:
             if self.more is None:
                 self.more = []
-            self.more.append((spool, seq, qos, retain, idents))
+            self.more.append((spool, seq, qos, retain, idents, group))
 
     def drop(self, spool: "Spool", seq: int) -> None:
         """This session does not need it any more."""
@@ -91,10 +96,10 @@ class Pending:
         self.left -= 1
 
     def takers(self) -> list[Any]:
-        """(spool, seq, qos, retain, idents) of everybody who has not acknowledged."""
+        """(spool, seq, qos, retain, idents, group) of everybody who has not acknowledged."""
         found: list[Any] = []
         if self.spool is not None:
-            found.append((self.spool, self.seq, self.qos, self.retain, self.idents))
+            found.append((self.spool, self.seq, self.qos, self.retain, self.idents, self.group))
         if self.more:
             found.extend(self.more)
         return found
@@ -135,8 +140,12 @@ class Spool:
         self.marking: dict[int, Pending] | None = None
         """Those of messages on their way there."""
         self.dirty = False
+        self.paused = False
+        """What comes next is read back when the journal's pace allows."""
         self.segment = 0
         """Where the session's last snapshot is; 0 before the first."""
+        self.over = False
+        """The session has ended, and what it left waits to be given to others (`legacy.py`)."""
 
     # what is finished -----------------------------------------------------------------------------------------
 
@@ -239,7 +248,7 @@ class Spool:
             if self.holds is None:
                 self.holds = {}
             self.holds[entry[6]] = entry[4]
-        return entry[6], entry[7].position, entry[0].size, entry[0].time_ms // 1000
+        return entry[6], entry[7].position, entry[0].size, (entry[0].clock_ms + 999) // 1000
 
     # what waits -----------------------------------------------------------------------------------------------
 
@@ -301,10 +310,13 @@ class Spool:
     def refill(self) -> bool:
         """The queue in memory has run short: True when there is more of it now, False when there is none or it is
         being read."""
-        if self.loading is not None:
+        if self.loading is not None or self.paused:
             return False
         if self.backlog is not None:
-            self.load()
+            if self.journal.pace.admits(self):
+                self.load()
+            else:
+                self.paused = True
             return False
         tail = self.tail
         if not tail:
@@ -318,6 +330,14 @@ class Spool:
             self.tail = None
         return True
 
+    def go_on(self) -> int:
+        """The pace allows to read on; how many messages that are."""
+        self.paused = False
+        if self.session.outbox is None or self.session.spool is not self or self.backlog is None or self.loading:
+            return 0
+        self.load()
+        return len(self.loading or ())
+
     def load(self) -> None:
         """Read the next messages back from disk."""
         taken = self.backlog.take(LOAD, IN_MEMORY_BYTES)
@@ -326,13 +346,14 @@ class Spool:
             self.backlog = None
         if taken:
             self.loading = taken
-            self.journal.load(self, taken)
+            self.journal.load(self, taken, self.loaded)
 
     def loaded(self, taken: list[Any], messages: list[Any]) -> None:
         """`messages` are (message, taker) for each of the entries that were asked for; None for one that cannot be
         read."""
         if self.loading is not taken:  # given up or put back meanwhile
             return
+        began = thread_time()
         self.loading = None
         session = self.session
         queue = session.queue
@@ -344,15 +365,18 @@ class Spool:
             reason = "unreadable" if found is None else session.outdated(found[0])
             if reason:
                 session.queue_bytes -= size
-                session.count_drop(reason)
+                if reason != "unsubscribed" or not self.journal.pass_on(self, seq, *found):
+                    session.count_drop(reason)
                 given_up.append((seq, position))
                 continue
             message, taker = found
             hold = self.holds.pop(seq, None) if self.holds is not None else None
-            queue.append((message, taker.qos, taker.retain, taker.idents, hold, None, seq, stored_at(position)))
+            group = session.group_of(taker.group) if taker.group else None
+            queue.append((message, taker.qos, taker.retain, taker.idents, hold, group, seq, stored_at(position)))
         for seq, position in given_up:
             self.finish_place(seq, position)
         session.drain()
+        self.journal.pace.handled(len(taken), thread_time() - began)
 
     def fold(self) -> None:
         """The connection is gone: what was read back or is written already needs no memory."""

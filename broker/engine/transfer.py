@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+from broker.engine.core import Core
 from broker.engine.inflight import RELEASED, SENT, Inflight
 from broker.engine.message import Message, Origin
 from broker.engine.session import Session, filter_of, split_body, split_head
@@ -22,7 +23,6 @@ def export_session(engine: Any, client_id: str) -> dict[str, Any]:
         session.channel.disconnect(0x9D)
         if client_id not in engine.sessions:
             raise KeyError(f"the session of {client_id!r} ended with its connection")
-    now = engine.core.now
     inflight = session.inflight
     state = {
         "format": FORMAT,
@@ -35,7 +35,9 @@ def export_session(engine: Any, client_id: str) -> dict[str, Any]:
         "next_id": inflight.next_id if inflight is not None else 1,
         "inflight": [entry[:4] for entry in inflight.entries()] if inflight is not None else [],
         "received": bytes(session.received) if session.received is not None else b"",
-        "queue": [(_message(message, now), qos, retain, idents) for message, qos, retain, idents in _queue(session)],
+        "queue": [
+            (_message(message, engine.core), qos, retain, idents) for message, qos, retain, idents in _queue(session)
+        ],
     }
     session.will = None
     engine.end_session(session)
@@ -62,7 +64,7 @@ def import_session(engine: Any, state: dict[str, Any]) -> Session:
     if state["received"]:
         session.received = bytearray(state["received"])
         session.received_count = sum(byte.bit_count() for byte in session.received)
-    queue = [(_restored(fields, core.now), qos, retain, idents) for fields, qos, retain, idents in state["queue"]]
+    queue = [(_restored(fields, core), qos, retain, idents) for fields, qos, retain, idents in state["queue"]]
     if core.journal is not None:
         _store(session, core.journal, state, queue)
         engine.start_expiry(session)
@@ -109,7 +111,7 @@ def _store(session: Session, journal: Any, state: dict[str, Any], queue: list[tu
                 message = _of_packet(head, body, state["encoded5"])
                 qos = 1 if step == SENT else 2
                 seq = first + (ident - first) % 65535
-                inflight.keep(ident, journal.take(message, spool, seq, qos, bool(head[0] & 1), None, None, True))
+                inflight.keep(ident, journal.take(message, spool, seq, qos, bool(head[0] & 1), None, 0, None, True))
         inflight.next_id = state["next_id"]
         spool.sent = spool.next_seq
     for message, qos, retain, idents in queue:
@@ -122,7 +124,7 @@ def _of_packet(head: bytes, body: bytes, v5: bool) -> Message:
     return Message(split_head(head), payload, (head[0] >> 1) & 3, bool(head[0] & 1), properties, 0.0, None)
 
 
-def _message(message: Message, now: float) -> dict[str, Any]:
+def _message(message: Message, core: Core) -> dict[str, Any]:
     origin = message.origin
     return {
         "topic": message.topic,
@@ -130,17 +132,18 @@ def _message(message: Message, now: float) -> dict[str, Any]:
         "qos": message.qos,
         "retain": message.retain,
         "properties": message.properties,
-        "expires_in": message.expires - now if message.expires else None,
+        "expires_in": message.expires - core.now if message.expires else None,
         "ident": message.ident,
         "time_ms": message.time_ms,
+        "age_ms": core.clock() - message.clock_ms if message.clock_ms else 0,
         "origin": (origin.client_id, origin.username, origin.peerhost, origin.instance, origin.node)
         if origin
         else None,
     }
 
 
-def _restored(fields: dict[str, Any], now: float) -> Message:
-    expires = now + fields["expires_in"] if fields["expires_in"] is not None else 0.0
+def _restored(fields: dict[str, Any], core: Core) -> Message:
+    expires = core.now + fields["expires_in"] if fields["expires_in"] is not None else 0.0
     origin = None
     if fields["origin"] is not None:
         client_id, username, peerhost, instance, node = fields["origin"]
@@ -150,4 +153,5 @@ def _restored(fields: dict[str, Any], now: float) -> Message:
     )
     message.ident = fields["ident"]
     message.time_ms = fields["time_ms"]
+    message.clock_ms = max(1, core.clock() - fields["age_ms"])
     return message

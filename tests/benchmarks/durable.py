@@ -3,22 +3,25 @@
     python -m tests.benchmarks.durable [--quick] [--seconds S] [--json FILE]
 
 Rows: subscribers online with persistent sessions; offline, everything queues; both at once; QoS 2 with persistent
-sessions; 20 000 messages a second to online subscribers for a minute (bytes written beside bytes published); a broker
-killed with what the offline row left: time to `ready`, memory, and whether every acknowledged message is still there.
-Exit 1 when a row misses its target or a message is missing.
+sessions; live messages beside a client that drains a long queue; 20 000 messages a second to online subscribers for a
+minute (bytes written beside bytes published); a broker killed with what the offline row left: time to `ready`, memory,
+and whether every acknowledged message is still there. Exit 1 when a row misses its target or a message is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from broker.mqtt import packets
 from tests.benchmarks.bench import Figures, build_generator, load
@@ -28,6 +31,8 @@ RATE = 100_000
 """Messages a second that must be acknowledged after their flush."""
 P99 = 25_000
 """Microseconds from PUBLISH to its acknowledgement, in 99 of 100 cases."""
+BESIDE = 0.8
+"""Of the live messages, how many are left beside a client that drains its queue."""
 GROWTH = 0.1
 """Bytes written for each byte published when everybody acknowledges at once."""
 CONFIGURATION = """
@@ -69,8 +74,9 @@ def flow(generator: Path, where: Path, seconds: float, *options: str) -> tuple[F
     return figures, running
 
 
-def collect(port: int, number: int, quiet: float = 3.0) -> int:
-    """Attach as the subscriber the generator left behind, acknowledge all that comes; how many messages."""
+def collect(port: int, number: int, quiet: float = 3.0, tell: Callable[[int], Any] = bool) -> int:
+    """Attach as the subscriber the generator left behind, acknowledge all that comes; how many messages. `tell` hears
+    the number so far."""
     count = 0
     connect = packets.Connect(version=4, clean_start=False, keep_alive=0, client_id=f"load-s-{number}")
     with socket.create_connection(("127.0.0.1", port), timeout=quiet) as link:
@@ -100,6 +106,7 @@ def collect(port: int, number: int, quiet: float = 3.0) -> int:
                 at = start_of_body + size
             rest = rest[at:]
             count += len(answers)
+            tell(count)
             if answers:
                 link.sendall(b"".join(answers))
 
@@ -120,6 +127,55 @@ def killed(running: Broker, acknowledged: int) -> tuple[str, bool]:
         f"read back at {back / max(took, 0.1):,.0f}/s by one client after the other"
     )
     return text, back >= acknowledged
+
+
+def processor_time(running: Broker) -> float:
+    """Seconds of the broker and its workers so far."""
+    fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in running.pids())
+    return sum(int(found[11]) + int(found[12]) for found in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def _drain(port: int, count: Any) -> None:
+    collect(port, 0, 1.0, lambda so_far: setattr(count, "value", so_far))
+
+
+def beside(generator: Path, where: Path, seconds: float) -> tuple[str, bool, dict[str, Figures]]:
+    """Live QoS 1 alone, and beside a client that drains a queue from disk."""
+    one = ["--pubs", "20", "--subs", "1", "--topics", "1", "--qos", "1", "--offline", "--acks"]
+    live = [*TWENTY, "--qos", "1", "--prefix", "live", "--seconds", str(seconds)]
+    running = start(where)
+
+    def fill(how_long: float) -> int:
+        options = [*one, "--seconds", str(how_long)]
+        return int(load(generator, "flow", running.port, running.pids(), options)["acked"])
+
+    fill(max(1.0, seconds / 4))
+    began, before = time.monotonic(), processor_time(running)
+    drained = collect(running.port, 0, 1.0)
+    rate, each = drained / (time.monotonic() - began - 1.0), (processor_time(running) - before) / drained
+    alone = load(generator, "flow", running.port, running.pids(), live)
+    queued = fill(2 * seconds)
+    count = multiprocessing.Value("q", 0)
+    drainer = multiprocessing.Process(target=_drain, args=(running.port, count))
+    drainer.start()
+    both = load(generator, "flow", running.port, running.pids(), live)
+    drained = int(count.value)  # type: ignore[attr-defined]
+    drainer.terminate()
+    drainer.join()
+    again = load(generator, "flow", running.port, running.pids(), live)
+    running.stop()
+    per_second = (alone["sent_per_s"] + again["sent_per_s"]) / 2
+    part = both["sent_per_s"] / per_second
+    share = 1 - drained * each / (both["broker_cpu"] * seconds)
+    text = (
+        f"{per_second:,.0f}/s alone (mean of before and after), {both['sent_per_s']:,.0f}/s ({part:.0%}) beside a "
+        f"client that gets {drained / seconds:,.0f}/s from disk, {rate:,.0f}/s where nothing else happens; live "
+        f"messages have {share:.0%} of the broker's processor time. The load generator and that client share its "
+        f"{os.cpu_count()} cores"
+    )
+    if drained >= queued:
+        text += "; the queue was too short"
+    return text, part >= BESIDE and 0 < drained < queued, {"alone": alone, "beside": both}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,6 +217,9 @@ def main(arguments: list[str] | None = None) -> int:
         found["qos2"] = figures
         results.append(("QoS 2, online, persistent sessions", f"{figures['sent_per_s']:,.0f}/s", True))
         running.stop()
+        text, good, figures_of = beside(generator, where / "beside", seconds)
+        found |= figures_of
+        results.append(("QoS 1, online, beside a draining client", text, good))
         running = start(where / "growth")
         before = stored(running)
         options = ["--pubs", "10", "--subs", "10", "--topics", "10", "--rate", "20000", "--qos", "1", "--persistent"]

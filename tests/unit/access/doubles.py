@@ -81,6 +81,7 @@ class Channel:
         self.answered = asyncio.Event()
         self.principal: Any = None
         self.code: int | None = None
+        self.told: int | None = None
 
     def accept(self, principal: Any) -> None:
         assert self.code is None, "answered twice"
@@ -91,6 +92,9 @@ class Channel:
         assert self.code is None, "answered twice"
         self.code = code
         self.answered.set()
+
+    def disconnect(self, code: int) -> None:
+        self.told = code
 
 
 class Login:

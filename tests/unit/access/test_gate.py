@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from broker.access.breaker import PAUSE, THRESHOLD
+from broker.access.bulkhead import Busy
 from broker.access.cache import Cache
 from broker.access.gate import AccessError, AccessGate
 from broker.config.template import Template
@@ -214,6 +215,14 @@ async def test_a40_calls_are_limited_and_the_rest_is_told_busy(login: Any) -> No
     await asyncio.gather(*(channel.answered.wait() for channel in channels))
     assert sum(channel.code == 0 for channel in channels) == 64 + 256
     assert fake.most == 64
+
+
+async def test_a40_a_backend_that_says_busy_is_not_taken_for_broken(login: Any) -> None:
+    busy = Fake(Busy("too much to do"))
+    log = await login(instance("one", busy))
+    assert [(await log("u", b"p", f"c{n}")).code for n in range(2 * THRESHOLD)] == [0x89] * 2 * THRESHOLD
+    assert len(busy.calls) == 2 * THRESHOLD, "it is asked each time"
+    assert log.gate.status()["one"]["state"] == "ok"
 
 
 async def test_a40_waiting_is_bounded_in_time(login: Any) -> None:
@@ -593,6 +602,40 @@ async def test_a_removed_backend_takes_the_rights_it_gave_with_it(login: Any) ->
     assert log.gate.may_publish(who, "a") == 1
     await log.gate.replace(settings(instance("two", Fake(ALLOW))))
     assert log.gate.may_publish(who, "a") == 0
+
+
+async def test_a_login_under_way_is_judged_by_what_a_reload_put_in_force(login: Any) -> None:
+    asked = asyncio.Event()
+    go = asyncio.Event()
+
+    async def slow(client: Client, password: bytes) -> Verdict:
+        asked.set()
+        await go.wait()
+        return ALLOW
+
+    old, new = instance("old", Fake(slow)), Fake(DENY)
+    log = await login(old)
+    channel = log.start()
+    await asked.wait()
+    await log.gate.replace(settings(old, instance("new", new), order=("new",)))
+    go.set()
+    await channel.answered.wait()
+    assert channel.code == 0x86
+    assert new.calls == [("u", b"p")]
+
+
+async def test_after_a_reload_those_are_disconnected_who_would_be_refused(login: Any) -> None:
+    one, two = instance("one", Fake(ALLOW)), instance("two", Fake(ALLOW))
+    log = await login(one, two, allow_anonymous=True)
+    by_one, by_two, nobody = await log(), await log(auth=("two",)), log.start(None, None)
+    worker = log.start(privileged=True)
+    everybody = [by_one, by_two, nobody, worker]
+    assert await log.gate.recheck(everybody) == 0
+    await log.gate.replace(settings(one))
+    assert await log.gate.recheck(everybody) == 2
+    assert [channel.told for channel in everybody] == [None, 0x87, 0x87, None]
+    assert not log.gate.may_publish(by_two.principal, "a"), "its will neither"
+    assert log.gate.counters["revoked"] == 2
 
 
 async def test_rights_are_read_again_after_a_while_and_after_a_reload(login: Any) -> None:

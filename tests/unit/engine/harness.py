@@ -95,6 +95,23 @@ class Gate:
     def may_receive(self, principal: Any, topic: str) -> int:
         return int((principal.username, topic) not in self.deny_receive)
 
+    def will_terms(self, principal: Any, topic: str, qos: int, retain: bool) -> dict[str, Any]:
+        return {"for": principal.username}
+
+    def may_publish_will(
+        self,
+        clientid: str,
+        username: str | None,
+        peerhost: str,
+        terms: dict[str, Any],
+        topic: str,
+        qos: int,
+        retain: bool,
+    ) -> int:
+        assert terms == {"for": username}
+        assert peerhost == "127.0.0.1"
+        return int((username, topic) not in self.deny_publish)
+
 
 class Bench:
     """An engine with a clock in the test's hand."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from broker.engine.core import Limits
+from broker.engine.message import Message
 from broker.mqtt import packets
 from tests.unit.engine.harness import Bench
 from tests.unit.engine.parts import PUBACK, PUBREC, ack, payloads, resume
+from tests.unit.engine.stores import StoredBench, check
 
 
 @pytest.fixture
@@ -101,6 +104,58 @@ def test_r07_the_number_of_retained_messages_is_bounded() -> None:
         (b"t/2", b"m"),
         (b"t/9", b"m"),
     ]
+
+
+def test_r07_one_client_has_a_quota_of_retained_messages() -> None:
+    bench = Bench(max_retained_per_client=2)
+    five, other = bench.client("five", version=5), bench.client("other", version=5)
+    for i in range(3):
+        five.publish(f"t/{i}", b"m", 1, ident=i + 1, retain=True)
+    assert five.bytes() == b"".join(ack(PUBACK, n, *([0x10] if n < 3 else [0x97])) for n in (1, 2, 3))
+    assert bench.engine.core.dropped == {"retained_quota": 1}
+    assert [category for category, _ in bench.reports] == ["retained_quota"]
+    five.publish("t/1", b"replaced", 1, ident=1, retain=True)
+    assert bench.engine.core.dropped == {"retained_quota": 1}, "its own may be replaced"
+    other.publish("t/1", b"other", 1, retain=True)
+    five.publish("t/2", b"m", 1, retain=True)
+    assert bench.engine.core.dropped == {"retained_quota": 1}, "the topic is another client's now"
+    five.publish("t/1", b"five", 1, retain=True)
+    assert bench.engine.core.dropped == {"retained_quota": 2}
+    five.publish("t/0", b"", 1, retain=True).publish("t/1", b"five", 1, retain=True)
+    assert bench.engine.core.dropped == {"retained_quota": 2}
+    assert bench.engine.retained_store._owned == {"five": 2}
+    five.publish("t/1", b"", retain=True).publish("t/2", b"", retain=True)
+    assert bench.engine.retained_store._owned == {}
+    assert bench.engine.retained_store._root.children is None
+
+
+def test_r07_a_quota_that_comes_later_counts_what_is_there_and_keeps_it() -> None:
+    bench = StoredBench()
+    p = bench.client("p", version=5)
+    for i in range(3):
+        p.publish(f"t/{i}", b"m", 1, ident=i + 1, retain=True, properties=b"\x02\x00\x00\x00\x0a" * (i == 2))
+    bench.commit()
+    bench.engine.configure(Limits(max_retained_per_client=1))
+    again = bench.restart(max_retained_per_client=1)
+    for one in (bench, again):
+        p = one.client("p", version=5)
+        p.publish("t/9", b"m", 1, retain=True)
+        one.pass_time(61, 1)
+        assert one.engine.core.dropped == {"retained_quota": 1}
+        assert one.engine.retained_store._owned == {"p": 2}, "one has expired"
+        p.publish("t/0", b"", retain=True).publish("t/1", b"", retain=True).publish("t/9", b"m", 1, retain=True)
+        assert one.engine.core.dropped == {"retained_quota": 1}
+        one.commit()
+        check(one)
+
+
+def test_r07_sinks_bridges_and_the_broker_have_no_quota() -> None:
+    bench = Bench(max_retained_per_client=1)
+    w = bench.client("isthmus/hq/in", privileged=True)
+    w.publish("t/1", b"m", 1, retain=True).publish("t/2", b"m", 1, retain=True)
+    for n in range(3):
+        bench.engine.publish(Message(b"$SYS/%d" % n, b"m", 0, True, b"", 0.0, None))
+    assert bench.engine.retained_store.count == 5
 
 
 def test_r07_a_qos_2_message_that_could_not_be_retained_is_still_taken_once_from_mqtt_3() -> None:

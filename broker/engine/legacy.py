@@ -1,0 +1,105 @@
+"""What members of `$share` groups leave on disk when their sessions end goes to the other members.
+
+Only the records say which message came through which group, so they are read back, a batch at a time and one session
+after the other, and nothing waits for it: the client may long be here again with a new session. A message is given
+away and given up in one record (`records.TAKER_MOVED`), so that a crash leaves it in one place. QoS 1 goes to another
+member even if it may have been sent, QoS 2 only if it never was [MQTT-4.8.2-5]. What came through no group is dropped,
+as the session is over; so is what no member is left for.
+"""
+
+from collections import deque
+from typing import Any
+
+from broker.engine.groups import ShareGroup
+from broker.engine.message import Message
+from broker.engine.session import Session
+from broker.engine.spool import IN_MEMORY_BYTES, LOAD
+
+
+class Legacies:
+    """Of one engine. `go_on` is called with every tick; one batch is on its way at most."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.sessions: deque[Session] = deque()
+        """Ended sessions with something on disk; the first is being read, and goes behind the others when nobody has
+        room for what is next."""
+        self._busy = False
+        self._groups: dict[int, ShareGroup] = {}
+
+    def add(self, session: Session) -> None:
+        """The session is over; its spool says so on disk and holds nothing but its backlog."""
+        self.sessions.append(session)
+
+    def go_on(self) -> None:
+        """Read the next batch, unless one is on its way or nothing can be written."""
+        journal = self.engine.core.journal
+        if self._busy or not self.sessions or journal.refusing:
+            return
+        spool = self.sessions[0].spool
+        assert spool is not None
+        taken = spool.backlog.take(LOAD, IN_MEMORY_BYTES) if spool.backlog is not None else []
+        self._busy = True
+        if taken:
+            spool.loading = taken
+            journal.load(spool, taken, self._loaded)
+            return
+        if spool.backlog is not None:
+            spool.backlog.close()
+            spool.backlog = None
+        journal.end(spool)
+        self.sessions.popleft()
+        journal.after(self._written)
+
+    def _loaded(self, taken: list[Any], messages: list[Any]) -> None:
+        session = self.sessions[0]
+        spool = session.spool
+        assert spool is not None
+        entries, spool.loading = spool.loading or [], None  # they may have moved while they were read
+        self._groups = {group.mark: group for group in self.engine.groups.values()}
+        for i, (entry, found) in enumerate(zip(entries, messages, strict=True)):
+            seq, position = entry[:2]
+            if found is not None and not self._pass_on(session, seq, *found):
+                spool.backlog.push_front(entries[i:])
+                self.sessions.rotate(-1)
+                self._busy = False
+                return
+            spool.passed(seq, None)
+            spool.finish_place(seq, position)
+        self.engine.core.journal.after(self._written)
+
+    def _written(self, written: bool) -> None:
+        self._busy = False
+        if written and not self.engine.core.journal.pace.rate:  # else one batch a tick
+            self.go_on()
+
+    def _pass_on(self, session: Session, seq: int, message: Message, taker: Any) -> bool:
+        """False when the members have no room at present."""
+        core = self.engine.core
+        spool = session.spool
+        assert spool is not None
+        if not taker.group or (taker.qos == 2 and seq < spool.again_below):
+            return True
+        if message.expires != 0 and message.expires <= core.now:
+            core.drop("expired")
+            return True
+        group = self._groups.get(taker.group)
+        if group is None:
+            core.drop("no_member")
+            return True
+        try:
+            member = group.with_room(message)
+        except LookupError:
+            core.drop("unauthorized")
+            return True
+        if member is None:
+            return False
+        if not group.give(member, message):
+            return False
+        core.journal.moves(message, spool, seq)
+        return True
+
+    def give(self, message: Message, mark: int) -> bool:
+        """Give a message to a member of this group at once; False when there is none that may have it."""
+        group = next((group for group in self.engine.groups.values() if group.mark == mark), None)
+        return group is not None and group.publish(message, None, None)
