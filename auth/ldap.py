@@ -1,26 +1,37 @@
-"""Lets an LDAP directory judge the password, and turns group membership into rights."""
+"""Lets an LDAP directory judge the password, and turns groups and attributes of an entry into rights."""
 
 from __future__ import annotations
 
 import re
+import time
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from auth._acl import TooManyRules, bounded, topic_rules, truth
+from auth._ldap_expiry import expiry_of
 from auth._ldap_groups import PRIMARY_GROUP, TooManyGroups, find_groups
 from auth._ldap_limit import BindLimit
 from auth._rights import Rights, in_order
+from broker.access.passwords import BadHash, Hash, Verifier
 from broker.config.template import MissingValue, Template
 from broker.config.types import Duration
 from broker.connectors import ldap
-from broker.extend.auth import Answer, Client, Grant, Refusal, Verdict, note
+from broker.extend.auth import Action, Answer, Client, Grant, Refusal, Rule, Verdict, note
 from broker.extend.registry import Backend
 
 _PLACEHOLDERS = ("username", "clientid", "peerhost", "cert_common_name")
 
 MAX_NAME = 256
 """Bytes of a user name that is looked up."""
+HASHES = 4
+"""Stored passwords of one entry that are compared."""
+
+
+def _attribute(default: str = "") -> Any:
+    """The name of an attribute of an entry, or nothing."""
+    return Field(default=default, max_length=100, pattern=r"^([A-Za-z][A-Za-z0-9-]*)?$")
 
 
 class LdapGroup(Rights):
@@ -41,9 +52,10 @@ class LdapGroup(Rights):
 class LdapConfig(ldap.LdapServer):
     """`[auth.ldap]`"""
 
-    mode: Literal["search_bind", "direct_bind"] = "search_bind"
+    mode: Literal["search_bind", "direct_bind", "hash"] = "search_bind"
     """search_bind: the service account finds the user's entry, another connection binds as it. direct_bind: the user's
-    name is put into `user_dn` and bound at once; no service account is needed."""
+    name is put into `user_dn` and bound at once; no service account is needed. hash: the service account reads
+    `password_attribute`, and the broker compares; the directory's own password policy then has no say."""
     base_dn: str = ""
     """Where the search for a user starts, e.g. ``ou=people,dc=example,dc=com``."""
     user_filter: Template = Template("(uid=${username})")
@@ -54,6 +66,25 @@ class LdapConfig(ldap.LdapServer):
     user_dn: Template | None = None
     """With direct_bind: the user's DN, e.g. ``uid=${username},ou=people,dc=example,dc=com``, or for Active Directory
     ``${username}@corp.example``."""
+    password_attribute: str = _attribute("userPassword")
+    """With hash: attribute that holds the password's hash, such as ``{SSHA}…``, ``{CRYPT}$2b$…`` or ``{ARGON2}…``; one
+    that fits is enough. Passwords that are not hashed let nobody in."""
+    publish_attribute: str = _attribute()
+    """Attribute of the user's entry with topic filters to which may be published, placeholders and all. EMQ's schema
+    has ``mqttPublishTopic``. Whoever may write the attribute gives rights with it. Empty: none."""
+    subscribe_attribute: str = _attribute()
+    """The same for what may be subscribed to; EMQ: ``mqttSubscriptionTopic``."""
+    all_attribute: str = _attribute()
+    """The same for both; EMQ: ``mqttPubSubTopic``."""
+    superuser_attribute: str = _attribute()
+    """Attribute whose value TRUE makes a superuser; EMQX: ``isSuperuser``. Empty: none does."""
+    enabled_attribute: str = _attribute()
+    """Attribute whose value FALSE shuts a user out, and disconnects it within `refresh`; EMQ: ``isEnabled``. For others
+    add to `user_filter`: ``(!(pwdAccountLockedTime=*))``, or what the example for Active Directory has."""
+    expiry_attribute: str = _attribute()
+    """Attribute with the time at which the account ends and its clients are disconnected: ``accountExpires`` of Active
+    Directory, ``shadowExpire`` in days, any other as a generalized time such as ``20271231235959Z``. An entry without
+    it does not end."""
     groups: dict[str, LdapGroup] = Field(default_factory=dict)
     """Tables `[auth.ldap.groups.NAME]`: group → rights."""
     require_group: tuple[str, ...] = ()
@@ -74,9 +105,9 @@ class LdapConfig(ldap.LdapServer):
 
     @model_validator(mode="after")
     def _check_mode(self) -> LdapConfig:
-        if self.mode == "search_bind" and not self.base_dn:
+        if self.mode != "direct_bind" and not self.base_dn:
             raise ValueError("base_dn: say where users are, e.g. ou=people,dc=example,dc=com")
-        if self.mode == "search_bind" and not self.user_filter.names:
+        if self.mode != "direct_bind" and not self.user_filter.names:
             raise ValueError("user_filter needs a placeholder, e.g. (uid=${username})")
         if self.mode == "direct_bind" and (self.user_dn is None or "username" not in self.user_dn.names):
             raise ValueError("direct_bind needs user_dn with ${username}, e.g. uid=${username},ou=people,dc=example")
@@ -95,7 +126,7 @@ class LdapConfig(ldap.LdapServer):
 
 
 class _Directory:
-    """What both modes share: from an entry to rights."""
+    """What all modes share: from an entry to rights."""
 
     def __init__(self, config: LdapConfig, pool: ldap.LdapPool) -> None:
         self._config = config
@@ -106,7 +137,7 @@ class _Directory:
         self.by_address = any("peerhost" in t.names for t in (config.user_filter, config.user_dn or config.user_filter))
 
     async def check(self) -> None:
-        await self._pool.ping(self._config.base_dn if self._config.mode == "search_bind" else "")
+        await self._pool.ping(self._config.base_dn if self._config.mode != "direct_bind" else "")
 
     async def close(self) -> None:
         await self._pool.close()
@@ -119,11 +150,43 @@ class _Directory:
             f"user {username!r}: {config.max_bind_failures} wrong passwords in {seconds}, not asked again yet"
         )
 
+    def _may_be(self, client: Client, entry: ldap.Entry) -> bool:
+        """Whether this entry is the user's, and lets it in at all."""
+        if self._names and client.username not in [text for name in self._names for text in entry.texts(name)]:
+            note(f"{client.username!r} is not how {' or '.join(self._names)} is spelled there (exact_name = true)")
+            return False
+        enabled = self._config.enabled_attribute
+        if enabled and any(text.strip().lower() in ("false", "0") for text in entry.texts(enabled)):
+            note(f"{enabled} is FALSE")
+            return False
+        return True
+
+    def _own_rules(self, entry: ldap.Entry) -> list[Rule]:
+        """What the entry itself allows."""
+        config = self._config
+        kinds: tuple[tuple[Action, str], ...] = (
+            ("publish", config.publish_attribute), ("subscribe", config.subscribe_attribute),
+            ("all", config.all_attribute),
+        )  # fmt: skip
+        return bounded(
+            rule
+            for action, name in kinds
+            if name
+            for rule in topic_rules(entry.texts(name), action, f"attribute {name}")
+        )
+
     async def _rights(self, client: Client, entry: ldap.Entry, searcher: ldap.Searcher) -> Grant | Refusal:
         config = self._config
         try:
+            expires_at = expiry_of(entry, config.expiry_attribute) if config.expiry_attribute else None
+        except ValueError as error:
+            return Refusal(f"user {client.username!r}: {config.expiry_attribute}: {error}", authorized=False)
+        if expires_at is not None and expires_at <= time.time():
+            return Refusal(f"user {client.username!r} has expired ({config.expiry_attribute})", authorized=False)
+        try:
             names = await find_groups(config, searcher, entry, client.username or "") if config.groups else []
-        except TooManyGroups as error:
+            own = self._own_rules(entry)
+        except (TooManyGroups, TooManyRules) as error:
             return Refusal(f"user {client.username!r}: {error}", authorized=False)
         if config.groups:
             note(f"groups: {', '.join(names) or 'none'}")
@@ -135,8 +198,10 @@ class _Directory:
             values = entry.texts(name)
             if len(values) == 1:  # of several values none is the right one
                 attributes[name.lower()] = values[0]
-        superuser = any(group.superuser for _, group in groups)
-        return Grant(superuser, attributes, tuple(in_order(groups)), groups=frozenset(names))
+        superuser = any(group.superuser for _, group in groups) or (
+            bool(config.superuser_attribute) and any(map(truth, entry.texts(config.superuser_attribute)))
+        )
+        return Grant(superuser, attributes, (*in_order(groups), *own), expires_at, groups=frozenset(names))
 
 
 class SearchBind(_Directory):
@@ -184,10 +249,48 @@ class SearchBind(_Directory):
         note(f"{query} finds {entry.dn or 'an entry without a name'}")
         if not entry.dn.strip():
             return Verdict.DENY  # a bind with an empty name is anonymous
-        if self._names and client.username not in [text for name in self._names for text in entry.texts(name)]:
-            note(f"{client.username!r} is not how {' or '.join(self._names)} is spelled there (exact_name = true)")
+        return entry if self._may_be(client, entry) else Verdict.DENY
+
+
+class HashCompare(SearchBind):
+    """Reads what the directory stores of the password, and compares here."""
+
+    def __init__(self, config: LdapConfig, pool: ldap.LdapPool) -> None:
+        super().__init__(config, pool)
+        self._attributes = list(dict.fromkeys((*self._attributes, config.password_attribute)))
+        self._verifier = Verifier(min(config.pool, 4))
+        self._sample: Hash | None = None
+
+    async def authenticate(self, client: Client, password: bytes) -> Answer:
+        if not _usable(client.username, password):
             return Verdict.DENY
-        return entry
+        entry = await self._find_user(client)
+        if not isinstance(entry, ldap.Entry):
+            return entry
+        stored = entry.texts(self._config.password_attribute)
+        if not stored:
+            note(f"the entry has no {self._config.password_attribute}, or whoever searches may not read it")
+        for text in stored[:HASHES]:
+            try:
+                hash = Hash(text)
+            except BadHash as error:
+                note(f"a stored password cannot be used: {error}")
+                continue
+            self._sample = hash
+            right = await self._verifier.verify(hash, password)
+            note(f"the password is {'right' if right else 'another'} ({hash.scheme})")
+            if right:
+                return await self._rights(client, entry, self._pool)
+        return Verdict.DENY
+
+    async def burn(self, password: bytes) -> None:
+        """Takes as long as a wrong password took the last time."""
+        if self._sample is not None:
+            await self._verifier.verify(self._sample, password)
+
+    async def close(self) -> None:
+        self._verifier.close()
+        await super().close()
 
 
 class DirectBind(_Directory):
@@ -232,15 +335,14 @@ class DirectBind(_Directory):
         note(f"the user's own entry: {found[0].dn if found else 'cannot be read'}")
         if not found or not found[0].dn.strip():
             return None
-        if self._names and client.username not in [text for name in self._names for text in found[0].texts(name)]:
-            note(f"{client.username!r} is not how {' or '.join(self._names)} is spelled there (exact_name = true)")
-            return None
-        return found[0]
+        return found[0] if self._may_be(client, found[0]) else None
 
 
 async def open_ldap(config: LdapConfig) -> SearchBind | DirectBind:
     pool = ldap.LdapPool(config)
-    return SearchBind(config, pool) if config.mode == "search_bind" else DirectBind(config, pool)
+    if config.mode == "direct_bind":
+        return DirectBind(config, pool)
+    return SearchBind(config, pool) if config.mode == "search_bind" else HashCompare(config, pool)
 
 
 def _is_dn(template: Template) -> bool:
@@ -286,6 +388,11 @@ def _attributes(config: LdapConfig) -> list[str]:
             for name in Template.parse(text, percent=True).names:
                 if name.startswith("attr."):
                     wanted[name[5:]] = None
+    own = (
+        config.publish_attribute, config.subscribe_attribute, config.all_attribute, config.superuser_attribute,
+        config.enabled_attribute, config.expiry_attribute,
+    )  # fmt: skip
+    wanted |= dict.fromkeys(name for name in own if name)
     if config.groups and config.nested_groups == "memberof":
         wanted["memberOf"] = None
     if config.groups and config.nested_groups == "ad":

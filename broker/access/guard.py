@@ -189,6 +189,9 @@ class Guard:
             self.breaker.abandoned()
             raise BackendUnavailable("the call was cancelled")
         error = task.exception()
+        if isinstance(error, Busy):  # it works, and has more to do than it can
+            self.breaker.abandoned()
+            raise error
         if error is not None:
             if not isinstance(error, BackendUnavailable):
                 logger.error("auth.%s: the backend raised %s", self.name, type(error).__name__, exc_info=error)

@@ -50,8 +50,13 @@ class LdapServer(AuthConfig):
     ca: ConfigPath | None = None
     """File of certificate authorities (PEM) that may vouch for the servers. Certificates and host names are always
     verified. Default: the system's authorities."""
+    certificate: ConfigPath | None = None
+    """File with a certificate (PEM) that is shown to servers which ask for one. Without `bind_dn` it is also who the
+    service account is (SASL EXTERNAL)."""
+    key: ConfigPath | None = None
+    """File with its key, if that is not in the same file."""
     bind_dn: str = ""
-    """DN of the service account that searches; empty: the search is anonymous."""
+    """DN of the service account that searches; empty: the search is anonymous, but see `certificate`."""
     bind_password: Secret = Secret()
     """Password of the service account."""
     cooldown: Duration = 10.0
@@ -70,6 +75,10 @@ class LdapServer(AuthConfig):
             raise ValueError("bind_password is empty: a directory may take that for an anonymous login that succeeded")
         if self.bind_password and not self.bind_dn:
             raise ValueError("bind_password without bind_dn")
+        if self.key is not None and self.certificate is None:
+            raise ValueError("key without certificate")
+        if self.certificate is not None and any(_read_address(text, self.tls)[2] == "none" for text in self.servers):
+            raise ValueError("certificate: is shown in a TLS hand-shake; without TLS there is none")
         return self
 
 
@@ -284,14 +293,16 @@ class _Job:
 
     def _log_in(self, link: Link, deadline: float) -> None:
         config = self.pool._config
-        if not self.service or not config.bind_dn:
+        if not self.service or not (config.bind_dn or config.certificate):
             return
-        result = link.bind(config.bind_dn, config.bind_password.reveal().encode(), deadline)
+        if config.bind_dn:
+            result = link.bind(config.bind_dn, config.bind_password.reveal().encode(), deadline)
+            who, what = repr(config.bind_dn), "bind_dn or bind_password"
+        else:
+            result = link.bind_external(deadline)
+            who, what = "of the certificate", "certificate"
         if not result.accepted:
-            raise LinkError(
-                f"{link.place}: the service account {config.bind_dn!r} may not log in: {result.text}; "
-                "correct bind_dn or bind_password"
-            )
+            raise LinkError(f"{link.place}: the service account {who} may not log in: {result.text}; correct {what}")
 
     def _do(self, link: Link, work: Callable[[Link, float], T]) -> T:
         self.link = link
@@ -371,8 +382,19 @@ def _place(text: str, config: LdapServer) -> Place:
         context = ssl.create_default_context(cafile=str(config.ca) if config.ca is not None else None)
     except (OSError, ssl.SSLError) as error:
         raise ValueError(f"ca: {config.ca} cannot be used: {error.strerror or error}") from None
+    if config.certificate is not None:
+        try:
+            context.load_cert_chain(config.certificate, config.key, password=_no_passphrase)
+        except ValueError as error:
+            raise ValueError(f"key: {config.key or config.certificate} {error}") from None
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"certificate: {config.certificate} cannot be used: {error.strerror or error}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return Place(host, port, tls, context)
+
+
+def _no_passphrase() -> str:
+    raise ValueError("is encrypted with a passphrase; store it without one, readable by the broker only")
 
 
 def _look(future: asyncio.Future[T]) -> None:

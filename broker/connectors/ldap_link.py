@@ -17,7 +17,8 @@ from typing import Any
 
 import ldap3
 from ldap3.core.exceptions import LDAPExceptionError
-from ldap3.protocol.rfc4511 import AuthenticationChoice, BindRequest, Simple, Version
+from ldap3.protocol.controls import build_control
+from ldap3.protocol.rfc4511 import AuthenticationChoice, BindRequest, SaslCredentials, Simple, Version
 
 MAX_ANSWER = 4 << 20
 """Bytes one operation may receive: a directory that sends more is not answering our question."""
@@ -31,6 +32,16 @@ REFERRAL = 10
 CONFIDENTIALITY_REQUIRED = 13
 NO_SUCH_OBJECT = 32
 NO_RIGHTS = 50
+
+PASSWORD_POLICY = "1.3.6.1.4.1.42.2.27.8.5.1"
+"""The control that asks for the reason of a refusal, and for what a directory lets pass once more."""
+MUST_CHANGE = 2
+_POLICY = (
+    "the password has expired", "the account is locked", "the password must be changed first",
+    "the password may not be changed", "the old password is missing", "the password is too simple",
+    "the password is too short", "the password is too young", "the password was used before",
+)  # fmt: skip
+"""Errors of the password policy, by number."""
 
 REFUSED = {
     19: "a constraint of the directory, for example a locked account",
@@ -186,16 +197,32 @@ class Link:
         """A simple bind. Refuses an empty name or password before anything is sent (RFC 4513 section 5.1.2)."""
         if not dn or not password:
             return BindResult(False, 49, "an empty name or password is never sent")
+        return self._bind(dn, AuthenticationChoice().setComponentByName("simple", Simple(password)), deadline)
+
+    def bind_external(self, deadline: float) -> BindResult:
+        """As whom our certificate names, by SASL EXTERNAL."""
+        credentials = SaslCredentials()
+        credentials["mechanism"] = "EXTERNAL"
+        credentials["credentials"] = b""  # none at all would ask the server to say something first
+        return self._bind("", AuthenticationChoice().setComponentByName("sasl", credentials), deadline)
+
+    def _bind(self, dn: str, authentication: Any, deadline: float) -> BindResult:
         request = BindRequest()
         request["version"] = Version(3)
         request["name"] = dn
-        request["authentication"] = AuthenticationChoice().setComponentByName("simple", Simple(password))
-        result = self._send("bindRequest", request, deadline)
+        request["authentication"] = authentication
+        policy = build_control(PASSWORD_POLICY, False, None, encode_control_value=False)
+        result = self._send("bindRequest", request, deadline, [policy])
         code = int(result["result"])
+        wrong, left = _password_policy(result)
+        if code == SUCCESS and wrong == MUST_CHANGE:  # all it may do is change the password
+            return BindResult(False, code, _POLICY[MUST_CHANGE])
         if code == SUCCESS:
-            return BindResult(True, code, "accepted")
+            return BindResult(True, code, "accepted" if left is None else f"accepted; expired, {left} logins are left")
         text = REFUSED.get(code)
         detail = _active_directory(str(result.get("message") or ""))
+        if wrong is not None and wrong < len(_POLICY):
+            detail += f", {_POLICY[wrong]}"
         if code in (STRONGER_AUTH_REQUIRED, CONFIDENTIALITY_REQUIRED) and self.place.tls == "none":
             raise LinkError(
                 f"{self.place}: the directory takes passwords only over TLS (result {code}): "
@@ -277,10 +304,10 @@ class Link:
         self.uses += 1
         return connection
 
-    def _send(self, kind: str, request: Any, deadline: float) -> dict[str, Any]:
+    def _send(self, kind: str, request: Any, deadline: float, controls: list[Any] | None = None) -> dict[str, Any]:
         connection = self._begin(deadline)
         try:
-            connection.post_send_single_response(connection.send(kind, request, None))
+            connection.post_send_single_response(connection.send(kind, request, controls))
             result: dict[str, Any] = connection.result
             if not isinstance(result, dict) or "result" not in result:
                 raise OSError("no result in the answer")
@@ -300,6 +327,37 @@ def _active_directory(message: str) -> str:
     _, found, rest = message.partition(", data ")
     code = rest.split(",")[0].strip()
     return f", data {code}" if found and code.isalnum() and len(code) <= 4 else ""
+
+
+def _password_policy(result: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Error and number of logins that are left after the password's end, as the control tells them; nothing of one that
+    cannot be read. draft-behera-ldap-password-policy-10, 6.2."""
+    control = (result.get("controls") or {}).get(PASSWORD_POLICY)
+    value = control.get("value") if isinstance(control, dict) else None
+    if not isinstance(value, bytes):
+        return None, None
+    wrong = left = None
+    try:
+        fields = _content(value, 0)[1]
+        at = 0
+        while at < len(fields):
+            tag, content, at = _content(fields, at)
+            if tag == 0x81:
+                wrong = int.from_bytes(content, "big")
+            elif tag == 0xA0:
+                kind, number, _ = _content(content, 0)
+                left = int.from_bytes(number, "big") if kind == 0x81 else None
+    except IndexError:
+        return None, None
+    return wrong, left
+
+
+def _content(data: bytes, at: int) -> tuple[int, bytes, int]:
+    """Tag, content and where the next element begins. These controls are a few bytes, never a long form of length."""
+    end = at + 2 + data[at + 1]
+    if end > len(data):
+        raise IndexError
+    return data[at], data[at + 2 : end], end
 
 
 def _why_not_open(error: BaseException) -> str:

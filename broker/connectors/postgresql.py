@@ -1,9 +1,14 @@
-"""PostgreSQL through asyncpg. Statements are prepared once a connection, values are bound in binary form."""
+"""PostgreSQL through asyncpg. Statements are prepared once a connection, values are bound in binary form.
+
+A pooler in between that gives each transaction another connection to the server, such as PgBouncer, knows nothing of
+what was prepared and takes no settings at the start. Where one shows itself, each question is a transaction of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
 import logging
 import re
@@ -25,13 +30,10 @@ logger = logging.getLogger(__name__)
 QUIET = 10.0
 """Seconds without a notification after which a listening connection is asked whether it is alive."""
 
-REMADE = (
-    exceptions.InvalidCachedStatementError,  # a table was altered
-    exceptions.InvalidSQLStatementNameError,  # a pooler in between gave us another server's connection
-    exceptions.DuplicatePreparedStatementError,
-    exceptions.OutdatedSchemaCacheError,
-)
-"""What was prepared on this connection is not valid (any more)."""
+POOLED = (exceptions.InvalidSQLStatementNameError, exceptions.DuplicatePreparedStatementError)
+"""A pooler in between gave us another server's connection."""
+REMADE = (exceptions.InvalidCachedStatementError, exceptions.OutdatedSchemaCacheError, *POOLED)
+"""What was prepared on this connection is not valid (any more), in the first two cases because a table was altered."""
 GONE = (exceptions.InterfaceError, exceptions.InternalClientError, exceptions.PostgresConnectionError, OSError)
 """The connection is gone, or what came over it makes no sense."""
 _WHOLE_NUMBERS = frozenset({"int2", "int4", "int8"})
@@ -68,11 +70,20 @@ class PostgresPool(SqlPool):
         super().__init__(self._link, config.servers, size=size, timeout=timeout, cooldown=config.cooldown)
         self._config = config
         self._ssl: Any = config.context() if config.tls else False
+        milliseconds = int(timeout * 1000)  # what we gave up, the server gives up too
         self._settings = {
-            "application_name": "isthmus",
-            "statement_timeout": str(int(timeout * 1000)),  # what we gave up, the server gives up too
-            "default_transaction_read_only": "off" if writes else "on",
-        }
+            "statement_timeout": str(milliseconds), "default_transaction_read_only": "off" if writes else "on",
+        }  # fmt: skip
+        self.begin = f"begin{'' if writes else ' read only'}; set local statement_timeout = {milliseconds}"
+        """How a transaction begins where there are no settings."""
+        self.pooled = False
+        """Whether a pooler has shown itself."""
+
+    def meet_pooler(self, place: Address, sign: str) -> None:
+        """From now on each question is a transaction of its own."""
+        if not self.pooled:
+            self.pooled = True
+            logger.info("%s: a pooler stands in between (%s); each question is a transaction of its own", place, sign)
 
     async def listen(self, channel: str, heard: Callable[[str | None], object]) -> None:
         """Tell `heard` the payload of every notification, and None whenever some may have been missed: each time the
@@ -86,6 +97,8 @@ class PostgresPool(SqlPool):
             try:
                 async with asyncio.timeout(self._timeout):
                     connection = await self._connection(place)
+                    if self.pooled:
+                        raise Lost("a pooler passes no notifications on, name the database itself")
                     connection.add_termination_listener(lambda _, ended=ended: ended.set())
                     await connection.add_listener(channel, lambda *about: heard(about[3] or None))
                 heard(None)
@@ -103,9 +116,17 @@ class PostgresPool(SqlPool):
             await asyncio.sleep(wait.next())
 
     async def _link(self, place: Address) -> Link:
-        return _Connection(await self._connection(place), place)
+        return _Connection(self, await self._connection(place), place)
 
     async def _connection(self, place: Address) -> asyncpg.Connection[Any]:
+        if not self.pooled:
+            try:
+                return await self._open_connection(place, self._settings)
+            except _NoSettings as error:
+                self.meet_pooler(place, str(error))
+        return await self._open_connection(place, {})
+
+    async def _open_connection(self, place: Address, settings: dict[str, str]) -> asyncpg.Connection[Any]:
         config = self._config
         try:
             return await asyncpg.connect(
@@ -117,31 +138,44 @@ class PostgresPool(SqlPool):
                 ssl=self._ssl if not place.host.startswith("/") else False,
                 timeout=self._timeout,
                 statement_cache_size=0,
-                server_settings=self._settings,
+                server_settings={"application_name": "isthmus", **settings},
             )
         except (exceptions.InvalidAuthorizationSpecificationError, exceptions.InvalidCatalogNameError) as error:
             raise Rejected(f"PostgreSQL at {place}: {say(error)}") from None
         except exceptions.PostgresError as error:
+            if settings and "startup parameter" in say(error):
+                raise _NoSettings(say(error)) from None
             raise Lost(f"PostgreSQL at {place}: {say(error)}") from None
         except (*GONE, ValueError) as error:
             raise Lost(f"PostgreSQL at {place} cannot be reached: {say(error)}") from None
 
 
+class _NoSettings(Exception):
+    """What answers takes no settings at the start of a session."""
+
+
+Prepared = tuple[Any, tuple[str, ...], list[bool], list[int]]
+"""The driver's statement, columns, which values are whole numbers, which columns are filled up with blanks."""
+
+
 class _Connection:
     """One connection and what was prepared on it."""
 
-    def __init__(self, connection: asyncpg.Connection[Any], place: Address) -> None:
+    def __init__(self, pool: PostgresPool, connection: asyncpg.Connection[Any], place: Address) -> None:
+        self._pool = pool
         self.place = place
         self.driver = connection
-        self._prepared: dict[str, tuple[Any, tuple[str, ...], list[bool], list[int]]] = {}
+        self._prepared: dict[str, Prepared] = {}
 
     async def fetch(self, statement: Statement, values: Values) -> Rows:
         try:
-            prepared = self._prepared.get(statement.sql)
-            if prepared is None:
-                prepared = self._prepared[statement.sql] = await self._prepare(statement)
-            query, columns, whole_numbers, padded = prepared
-            rows: list[Any] = await query.fetch(*map(_bindable, values, whole_numbers))
+            if self._pool.pooled:
+                return await self._fetch_in_transaction(statement, values)
+            try:
+                return await self._fetch(statement, values)
+            except POOLED as error:
+                self._pool.meet_pooler(self.place, say(error))
+                return await self._fetch_in_transaction(statement, values)
         except REMADE as error:
             raise Lost(f"PostgreSQL at {self.place}: {say(error)}") from None
         except exceptions.PostgresError as error:
@@ -150,16 +184,33 @@ class _Connection:
             raise Refused(str(error)) from None
         except GONE as error:
             raise Lost(f"PostgreSQL at {self.place}: {say(error)}") from None
-        if padded:
-            rows = [[v.rstrip(" ") if i in padded and v else v for i, v in enumerate(row)] for row in rows]
-        return Rows(columns, rows)
+
+    async def _fetch(self, statement: Statement, values: Values) -> Rows:
+        prepared = self._prepared.get(statement.sql)
+        if prepared is None:
+            # by name: what asyncpg prepares without one is overwritten by the next. By what it says: a pooler may hand
+            # us a connection on which another of ours has prepared something
+            name = f"isthmus_{hashlib.sha256(statement.sql.encode()).hexdigest()[:32]}"
+            prepared = self._prepared[statement.sql] = await self._prepare(statement, name)
+        return await _ask(prepared, values)
+
+    async def _fetch_in_transaction(self, statement: Statement, values: Values) -> Rows:
+        await self.driver.execute(self._pool.begin)
+        try:
+            answer = await _ask(await self._prepare(statement, False), values)
+        except GONE:
+            raise
+        except Exception:
+            await self.driver.execute("rollback")
+            raise
+        await self.driver.execute("commit")
+        return answer
 
     def kill(self) -> None:
         self.driver.terminate()
 
-    async def _prepare(self, statement: Statement) -> tuple[Any, tuple[str, ...], list[bool], list[int]]:
-        # by name: what asyncpg prepares without one is overwritten by the next
-        query = await self.driver.prepare(statement.sql, name=f"isthmus_{len(self._prepared)}")
+    async def _prepare(self, statement: Statement, name: str | bool) -> Prepared:
+        query = await self.driver.prepare(statement.sql, name=name)
         attributes = query.get_attributes()
         return (
             query,
@@ -167,6 +218,14 @@ class _Connection:
             [parameter.name in _WHOLE_NUMBERS for parameter in query.get_parameters()],
             [i for i, attribute in enumerate(attributes) if attribute.type.name == "bpchar"],  # filled up with blanks
         )
+
+
+async def _ask(prepared: Prepared, values: Values) -> Rows:
+    query, columns, whole_numbers, padded = prepared
+    rows: list[Any] = await query.fetch(*map(_bindable, values, whole_numbers))
+    if padded:
+        rows = [[v.rstrip(" ") if i in padded and v else v for i, v in enumerate(row)] for row in rows]
+    return Rows(columns, rows)
 
 
 async def describe(driver: asyncpg.Connection[Any], table: str) -> tuple[dict[str, Column], list[frozenset[str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import random
 import subprocess
@@ -12,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from broker.access.gate import AccessGate
 from broker.extend.auth import BackendUnavailable, Client, Grant, Verdict
@@ -21,6 +22,16 @@ from tests.proxy import Proxy
 from tests.unit.access.doubles import Login, settings
 
 ROOT = Path(__file__).resolve().parents[2]
+
+LOGINS = 10_000 if os.environ.get("ISTHMUS_SOAK") == "1" else 500
+"""Logins that are cancelled, refused and let in at the same time (A-42)."""
+PEOPLE = {f"dev{number}": f"pw-{number}".encode() for number in range(20)}
+"""Who is in every store of these tests; each may publish to ``own/NAME/#``."""
+
+
+def digest(password: bytes, salt: str = "") -> str:
+    """As EMQ's relatives store it."""
+    return hashlib.sha256(salt.encode() + password).hexdigest()
 
 
 def instance(backend: Backend, raw: Mapping[str, Any], name: str = "") -> SimpleNamespace:
@@ -129,7 +140,7 @@ async def cancelled_and_interleaved(
     people: Mapping[str, bytes],
     right: Callable[[str, Any], bool],
     *,
-    count: int = 500,
+    count: int,
     at_once: int = 25,
     seed: int = 42,
 ) -> tuple[int, int]:
@@ -174,3 +185,58 @@ async def unavailable(backend: Any, username: str, password: bytes, seconds: flo
         assert took < seconds
         return took
     raise AssertionError(f"answered with {answer}")
+
+
+def only_own(name: str, answer: Grant) -> bool:
+    """Whether the permissions are this user's own."""
+    return f"own/{name}/#" in {rule.filter.text for rule in answer.rules if rule.filter is not None}
+
+
+class NetworkSuite:
+    """What every backend does over a network that fails; needs a fixture `server` that has a port."""
+
+    backend: ClassVar[Backend]
+    table: ClassVar[Callable[..., dict[str, Any]]]
+    """The table for what has a port."""
+
+    @property
+    def name(self) -> str:
+        return self.backend.name.partition(".")[2]
+
+    async def test_a39_outage_and_return(self, server: Any, start_proxy: Any) -> None:
+        proxy = await start_proxy(server.port)
+        async with logins(instance(self.backend, self.table(proxy))) as log:
+            await outage_and_return(log, proxy, "dev1", b"pw-1", self.name)
+
+    async def test_a41_a_black_hole(self, server: Any, start_proxy: Any) -> None:
+        proxy = await start_proxy(server.port)
+        async with logins(instance(self.backend, self.table(proxy))) as log:
+            await black_hole(log, proxy, "dev1", b"pw-1", self.name)
+
+    async def test_a42_cancelled_and_interleaved_logins(self, server: Any, start_proxy: Any) -> None:
+        proxy = await start_proxy(server.port)
+        proxy.delay = 0.001
+        async with opened(self.backend, self.table(proxy, pool=8, timeout=10)) as backend:
+            judged, cancelled = await cancelled_and_interleaved(backend, PEOPLE, only_own, count=LOGINS)
+        assert cancelled > LOGINS / 10
+        assert judged > LOGINS * 0.6
+
+    def on_the_command_line(
+        self, folder: Path, example_name: str, old: str, new: str, dead: str, says: str, *secrets: str
+    ) -> None:
+        """The shipped example with the address `old` replaced: checked, asked about dev1, and about nobody there."""
+        example(folder, example_name, (old, new))
+        assert isthmus(folder, "check", "--connect").returncode == 0
+        ask = ("auth", "test", "--user", "dev1", "--client", "c1", "--publish")
+        right = isthmus(folder, *ask, "own/dev1/x", stdin="pw-1\n")
+        assert right.returncode == 0, right.stdout + right.stderr
+        assert says in right.stdout
+        assert isthmus(folder, *ask, "own/dev2/x", stdin="pw-1\n").returncode == 1
+        wrong = isthmus(folder, *ask, "own/dev1/x", stdin="pw-2\n")
+        assert wrong.returncode == 1
+        for told in (right, wrong):
+            assert not {"pw-1", "pw-2", *secrets} & set(told.stdout.split())
+        example(folder, example_name, (old, dead))
+        down = isthmus(folder, "check", "--connect")
+        assert down.returncode != 0
+        assert f"auth.{self.name}" in down.stdout + down.stderr

@@ -22,22 +22,18 @@ from aiohttp import web
 from auth.http import BACKEND, HttpConfig
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from tests.integration.auth_harness import (
+    PEOPLE,
+    NetworkSuite,
     allowed,
-    black_hole,
-    cancelled_and_interleaved,
-    example,
     instance,
-    isthmus,
     logins,
     opened,
-    outage_and_return,
     unavailable,
 )
 from tests.integration.http_service import Seen, Service, service
 from tests.servers import Certificates
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
-PEOPLE = {f"dev{number}": f"pw-{number}".encode() for number in range(20)}
 
 
 def judge(request: web.Request, body: bytes) -> web.StreamResponse:
@@ -62,6 +58,12 @@ def judge(request: web.Request, body: bytes) -> web.StreamResponse:
 async def http() -> AsyncIterator[Service]:
     async with service(judge) as made:
         yield made
+
+
+@pytest.fixture
+def server(http: Service) -> Service:
+    """As the suite calls it."""
+    return http
 
 
 def table(server: Any, **more: Any) -> dict[str, Any]:
@@ -277,7 +279,7 @@ def _only_ours(seen: Seen, name: str) -> None:
 @pytest.mark.parametrize(
     ("more", "say"),
     [
-        ({"url": "https://${clientid}.example.com/x"}, "path and the query"),  # A-25
+        ({"url": "https://${clientid}.example.com/x"}, "path and the query"),
         ({"url": "https://${username}/x"}, "path and the query"),
         ({"url": "https://auth.example.com:${clientid}/x"}, "path and the query"),
         ({"url": "https://auth.example.com${clientid}"}, "path and the query"),
@@ -300,6 +302,7 @@ def _only_ours(seen: Seen, name: str) -> None:
     ],
 )  # fmt: skip
 def test_tables_that_cannot_work_are_refused(more: dict[str, Any], say: str) -> None:
+    """A-25: no client chooses whom its password is sent to."""
     with pytest.raises(ValidationError) as caught:
         HttpConfig.model_validate({"url": "https://auth.example.com/", "headers": {"X": "hush"}, **more})
     assert say in str(caught.value)
@@ -348,16 +351,16 @@ async def test_tls_is_verified(certs: Certificates) -> None:
         assert len(https.seen) == 1, "nothing was sent to a service nobody vouches for"
 
 
-async def test_a39_outage_and_return(http: Service, start_proxy: Any) -> None:
-    proxy = await start_proxy(http.port)
-    async with logins(instance(BACKEND, table(proxy))) as log:
-        await outage_and_return(log, proxy, "dev1", b"pw-1", "http")
+class TestNetwork(NetworkSuite):
+    backend = BACKEND
+    table = staticmethod(table)
 
-
-async def test_a41_a_black_hole(http: Service, start_proxy: Any) -> None:
-    proxy = await start_proxy(http.port)
-    async with logins(instance(BACKEND, table(proxy))) as log:
-        await black_hole(log, proxy, "dev1", b"pw-1", "http")
+    async def test_the_example_on_the_command_line(self, server: Service, tmp_path: Path, free_port: Any) -> None:
+        old, dead = "https://127.0.0.1:8443/mqtt/auth", f"http://127.0.0.1:{free_port()}/"
+        says = f"POST 127.0.0.1:{server.port}: status 200"
+        await asyncio.to_thread(
+            self.on_the_command_line, tmp_path, "26-auth-http", old, f"{server.url}/mqtt/auth", dead, says
+        )
 
 
 async def test_a_connection_the_service_closed_is_replaced_without_an_error(http: Service, start_proxy: Any) -> None:
@@ -408,30 +411,3 @@ async def test_a_hanging_service_is_left_in_time(http: Service) -> None:
     http.answer = never
     async with opened(BACKEND, table(http, timeout=0.5)) as backend:
         await unavailable(backend, "dev1", b"pw-1", 1.5)
-
-
-async def test_a42_cancelled_and_interleaved_logins(http: Service, start_proxy: Any) -> None:
-    proxy = await start_proxy(http.port)
-
-    def right(name: str, answer: Grant) -> bool:
-        return f"own/{name}/#" in {rule.filter.text for rule in answer.rules if rule.filter is not None}
-
-    async with opened(BACKEND, table(proxy, pool=8, timeout=10)) as backend:
-        judged, cancelled = await cancelled_and_interleaved(backend, PEOPLE, right)
-    assert cancelled > 50
-    assert judged > 300
-
-
-async def test_the_example_on_the_command_line(http: Service, tmp_path: Path, free_port: Any) -> None:
-    url = "https://127.0.0.1:8443/mqtt/auth"
-    folder = example(tmp_path, "26-auth-http", (url, f"{http.url}/mqtt/auth"))
-    assert (await asyncio.to_thread(isthmus, folder, "check", "--connect")).returncode == 0
-    ask = ("auth", "test", "--user", "dev1", "--client", "c1", "--publish")
-    right = await asyncio.to_thread(isthmus, folder, *ask, "own/dev1/x", stdin="pw-1\n")
-    assert right.returncode == 0, right.stdout + right.stderr
-    assert f"POST 127.0.0.1:{http.port}: status 200" in right.stdout
-    assert (await asyncio.to_thread(isthmus, folder, *ask, "own/dev1/x", stdin="no\n")).returncode == 1
-    example(tmp_path, "26-auth-http", (url, f"http://127.0.0.1:{free_port()}/"))
-    down = await asyncio.to_thread(isthmus, folder, "check", "--connect")
-    assert down.returncode != 0
-    assert "auth.http" in down.stdout + down.stderr

@@ -28,6 +28,7 @@ from auth.file import BACKEND as FILE
 from auth.jwt import BACKEND, JwtConfig
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from tests.integration.auth_harness import (
+    LOGINS,
     allowed,
     cancelled_and_interleaved,
     example,
@@ -661,7 +662,7 @@ async def test_a42_cancelled_and_interleaved_logins(provider: tuple[Provider, Se
         return [rule.filter.text for rule in answer.rules if rule.filter is not None] == [f"own/{name}"]
 
     async with opened(BACKEND, remote(proxy)) as backend:
-        judged, cancelled = await cancelled_and_interleaved(backend, people, right)
+        judged, cancelled = await cancelled_and_interleaved(backend, people, right, count=LOGINS)
         assert backend._keys.fetches == 1
     assert judged > 300
     assert cancelled > 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,13 @@ from auth.mongodb import BACKEND, MongoConfig
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from tests import nosql_servers
 from tests.integration.auth_harness import (
+    PEOPLE,
+    NetworkSuite,
     allowed,
-    black_hole,
-    cancelled_and_interleaved,
-    example,
+    digest,
     instance,
-    isthmus,
     logins,
     opened,
-    outage_and_return,
     recovers,
     unavailable,
 )
@@ -34,11 +31,6 @@ from tests.integration.fake_mongo import FakeMongo
 from tests.nosql_servers import MongoServer, or_skip
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
-PEOPLE = {f"dev{number}": f"pw-{number}".encode() for number in range(20)}
-
-
-def digest(password: bytes, salt: str = "") -> str:
-    return hashlib.sha256(salt.encode() + password).hexdigest()
 
 
 def fill(client: Any) -> None:
@@ -244,16 +236,16 @@ def test_tables_that_cannot_work_are_refused(more: dict[str, Any], say: str) -> 
     assert "hush" not in str(caught.value)
 
 
-async def test_a39_outage_and_return(server: MongoServer, start_proxy: Any) -> None:
-    proxy = await start_proxy(server.port)
-    async with logins(instance(BACKEND, table(proxy))) as log:
-        await outage_and_return(log, proxy, "dev1", b"pw-1", "mongodb")
+class TestNetwork(NetworkSuite):
+    backend = BACKEND
+    table = staticmethod(table)
 
-
-async def test_a41_a_black_hole(server: MongoServer, start_proxy: Any) -> None:
-    proxy = await start_proxy(server.port)
-    async with logins(instance(BACKEND, table(proxy))) as log:
-        await black_hole(log, proxy, "dev1", b"pw-1", "mongodb")
+    def test_the_example_on_the_command_line(self, server: MongoServer, tmp_path: Path, free_port: Any) -> None:
+        dead = f"127.0.0.1:{free_port()}"
+        self.on_the_command_line(
+            tmp_path, "25-auth-mongodb", "127.0.0.1:27017", server.address, dead, "mqtt_user: 1 document",
+            digest(b"pw-1", "pepper"),
+        )  # fmt: skip
 
 
 async def test_a_reset_connection_is_replaced_without_an_error(server: MongoServer, start_proxy: Any) -> None:
@@ -311,18 +303,6 @@ async def test_a_server_that_is_down_at_the_start(free_port: Any) -> None:
             await backend.check()
 
 
-async def test_a42_cancelled_and_interleaved_logins(server: MongoServer, start_proxy: Any) -> None:
-    proxy = await start_proxy(server.port)
-
-    def right(name: str, answer: Grant) -> bool:
-        return f"own/{name}/#" in {rule.filter.text for rule in answer.rules if rule.filter is not None}
-
-    async with opened(BACKEND, table(proxy, pool=8, timeout=10)) as backend:
-        judged, cancelled = await cancelled_and_interleaved(backend, PEOPLE, right)
-    assert cancelled > 50
-    assert judged > 300
-
-
 async def test_rights_follow_the_database(own: MongoServer) -> None:
     async with logins(instance(BACKEND, table(own, refresh=0.001))) as log:
         dev1 = (await log("dev1", b"pw-1", "c")).principal
@@ -346,20 +326,6 @@ async def test_a_client_with_more_rules_than_are_read_is_refused(own: MongoServe
         answer = await backend.authenticate(Client("c", "dev1"), b"pw-1")
     assert isinstance(answer, Refusal)
     assert not answer.authorized
-
-
-async def test_the_example_on_the_command_line(server: MongoServer, tmp_path: Path, free_port: Any) -> None:
-    folder = example(tmp_path, "25-auth-mongodb", ("127.0.0.1:27017", server.address))
-    assert isthmus(folder, "check", "--connect").returncode == 0
-    ask = ("auth", "test", "--user", "dev1", "--client", "c1", "--publish")
-    right = isthmus(folder, *ask, "own/dev1/x", stdin="pw-1\n")
-    assert right.returncode == 0, right.stdout + right.stderr
-    assert "mqtt_user: 1 document" in right.stdout
-    assert isthmus(folder, *ask, "own/dev1/x", stdin="pw-2\n").returncode == 1
-    example(tmp_path, "25-auth-mongodb", ("127.0.0.1:27017", f"127.0.0.1:{free_port()}"))
-    down = isthmus(folder, "check", "--connect")
-    assert down.returncode != 0
-    assert "auth.mongodb" in down.stdout + down.stderr
 
 
 DOCUMENTS = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +18,11 @@ from broker.connectors.sql_text import Statement
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from broker.extend.registry import Backend
 from tests.fragments import shipped
+from tests.integration.auth_harness import opened
 from tests.integration.sql_suite import RIGHTS, USERS, SqlSuite, may, sha256
 from tests.proxy import Proxy
-from tests.sql_servers import Postgresql, or_skip, postgresql
+from tests.servers import PATIENCE, Absent, Process, accepts, free_port, program
+from tests.sql_servers import Postgresql, _own_folder, or_skip, postgresql
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +235,81 @@ async def test_the_example_works_as_it_stands(server: Postgresql, tmp_path: Path
     finally:
         await backend.close()
         await server.execute("drop database mqtt with (force)", "drop role mqtt")
+
+
+# --- behind PgBouncer ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def pgbouncer(server: Postgresql, **settings: str) -> Iterator[int]:
+    """The port of a pooler that gives each transaction one of three connections to the server."""
+    binary = program("pgbouncer")
+    if binary is None:
+        raise Absent("pgbouncer is not installed (apt-get install pgbouncer)")
+    with _own_folder("pgbouncer") as (where, wrapper):
+        port = free_port()
+        (where / "users").write_text(f'"{server.user}" "{server.password}"\n')
+        options = {
+            "listen_addr": "127.0.0.1", "listen_port": str(port), "unix_socket_dir": "", "auth_type": "plain",
+            "auth_file": str(where / "users"), "pool_mode": "transaction", "default_pool_size": "3",
+            "pidfile": str(where / "pid"), **settings,
+        }  # fmt: skip
+        lines = ["[databases]", f"* = host=127.0.0.1 port={server.port}", "[pgbouncer]"]
+        lines += [f"{name} = {value}" for name, value in options.items()]
+        (where / "ini").write_text("\n".join(lines) + "\n")
+        for name in ("users", "ini"):
+            (where / name).chmod(0o644)
+        process = Process([*wrapper, binary, str(where / "ini")], where / "log")
+        try:
+            process.wait_until(lambda: accepts(port), 10, "pgbouncer")
+            yield port
+        finally:
+            process.stop()
+
+
+@pytest.mark.parametrize("ignored", ["", "statement_timeout,default_transaction_read_only"])
+async def test_a_pooler_of_transactions_mixes_nothing_up(server: Postgresql, ignored: str) -> None:
+    """Whether it refuses our settings or swallows them; with two backends whose statements differ behind it."""
+    database = await server.create(*EMQ, USERS.format(yes="true", no="false"), RIGHTS)
+    more = {"ignore_startup_parameters": ignored} if ignored else {}
+    with or_skip("pgbouncer", functools.partial(pgbouncer, server), **more) as port:
+        table = {"dsn": server.dsn(database, port), "password": server.password, "timeout": 5}
+        only_bob = "select username, password, salt from mqtt_user where username = ${username} and username = 'bob'"
+        async with opened(BACKEND, table) as backend, opened(BACKEND, {**table, "authenticate": only_bob}) as other:
+            await backend.check()
+
+            async def login(number: int) -> None:
+                asked, name = (backend, other)[number % 2], ("alice", "bob", "nobody")[number % 3]
+                password = f"{name}-pw".encode() if number % 5 else b"wrong"
+                answer = await asked.authenticate(Client("c-1", name, "10.9.9.9"), password)
+                if name == "nobody" or (asked is other and name == "alice"):
+                    assert answer is Verdict.IGNORE
+                elif password == b"wrong":
+                    assert answer is Verdict.DENY
+                else:
+                    assert isinstance(answer, Grant)
+                    assert answer.superuser == (asked is backend and name == "bob")
+                    assert answer.superuser or may(answer, "publish", f"telemetry/{name}/x") == (name == "alice")
+
+            for start in range(0, 300, 30):
+                await asyncio.gather(*(login(number) for number in range(start, start + 30)))
+            pool = backend._database
+            assert pool.pooled
+            settings = "select current_setting('transaction_read_only'), current_setting('statement_timeout')"
+            (row,) = (await pool.fetch(Statement(settings, "postgresql", ()), [])).rows
+            assert tuple(row) == ("on", "5s")
+            with pytest.raises(BackendUnavailable, match="read-only"):
+                await pool.fetch(Statement("select nextval('mqtt_user_id_seq')", "postgresql", ()), [])
+            (row,) = (await pool.fetch(Statement(settings, "postgresql", ()), [])).rows
+            assert tuple(row) == ("on", "5s"), "what went wrong is over"
+
+
+async def test_notifications_do_not_come_through_a_pooler_and_that_is_said(
+    server: Postgresql, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = await server.create(*EMQ)
+    with or_skip("pgbouncer", functools.partial(pgbouncer, server)) as port:
+        table = {"dsn": server.dsn(database, port), "password": server.password, "changes": "mqtt_changes"}
+        async with opened(BACKEND, table), asyncio.timeout(5 * PATIENCE):
+            while "a pooler passes no notifications on" not in caplog.text:  # noqa: ASYNC110 (nothing tells of a log)
+                await asyncio.sleep(0.02)

@@ -18,15 +18,14 @@ from auth.redis import BACKEND, RedisConfig
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from tests import nosql_servers
 from tests.integration.auth_harness import (
+    PEOPLE,
+    NetworkSuite,
     allowed,
-    black_hole,
     cancelled_and_interleaved,
-    example,
+    digest,
     instance,
-    isthmus,
     logins,
     opened,
-    outage_and_return,
     recovers,
     unavailable,
 )
@@ -34,11 +33,6 @@ from tests.nosql_servers import MASTER, Cluster, RedisServer, Sentinels, or_skip
 from tests.servers import Certificates
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
-PEOPLE = {f"dev{number}": f"pw-{number}".encode() for number in range(20)}
-
-
-def digest(password: bytes, salt: str = "") -> str:
-    return hashlib.sha256(salt.encode() + password).hexdigest()
 
 
 def fill(client: Any) -> None:
@@ -222,16 +216,16 @@ def test_tables_that_cannot_work_are_refused(more: dict[str, Any], say: str) -> 
     assert "hush" not in str(caught.value)
 
 
-async def test_a39_outage_and_return(server: RedisServer, start_proxy: Any) -> None:
-    proxy = await start_proxy(server.port)
-    async with logins(instance(BACKEND, table(proxy))) as log:
-        await outage_and_return(log, proxy, "dev1", b"pw-1", "redis")
+class TestNetwork(NetworkSuite):
+    backend = BACKEND
+    table = staticmethod(table)
 
-
-async def test_a41_a_black_hole(server: RedisServer, start_proxy: Any) -> None:
-    proxy = await start_proxy(server.port)
-    async with logins(instance(BACKEND, table(proxy))) as log:
-        await black_hole(log, proxy, "dev1", b"pw-1", "redis")
+    def test_the_example_on_the_command_line(self, server: RedisServer, tmp_path: Path, free_port: Any) -> None:
+        dead = f"127.0.0.1:{free_port()}"
+        self.on_the_command_line(
+            tmp_path, "24-auth-redis", "127.0.0.1:6379", server.address, dead, "auth.redis mqtt_acl:dev1: allow",
+            digest(b"pw-1", "pepper"),
+        )  # fmt: skip
 
 
 async def test_a_reset_connection_is_replaced_without_an_error(server: RedisServer, start_proxy: Any) -> None:
@@ -296,19 +290,6 @@ async def test_a_server_that_is_started_again_under_load(own: RedisServer) -> No
         stopped.set()
         await asyncio.gather(*workers)
     assert {0, 0x86, 0x88} <= set(codes)
-
-
-async def test_a42_cancelled_and_interleaved_logins(server: RedisServer, start_proxy: Any) -> None:
-    proxy = await start_proxy(server.port)
-    proxy.delay = 0.001
-
-    def right(name: str, answer: Grant) -> bool:
-        return f"own/{name}/#" in {rule.filter.text for rule in answer.rules if rule.filter is not None}
-
-    async with opened(BACKEND, table(proxy, pool=8, timeout=10)) as backend:
-        judged, cancelled = await cancelled_and_interleaved(backend, PEOPLE, right)
-    assert cancelled > 50
-    assert judged > 300
 
 
 async def test_tls_is_verified(certs: Certificates) -> None:
@@ -452,26 +433,6 @@ async def _slots(cluster: Cluster) -> None:
         await recovers(log, "dev1", b"pw-1", "redis")
         for name, password in PEOPLE.items():
             assert (await log(name, password, f"y-{name}")).code == 0
-
-
-async def test_the_example_on_the_command_line(server: RedisServer, tmp_path: Path, free_port: Any) -> None:
-    folder = example(tmp_path, "24-auth-redis", ("127.0.0.1:6379", server.address))
-    assert isthmus(folder, "check", "--connect").returncode == 0
-    ask = ("auth", "test", "--user", "dev1", "--client", "c1", "--publish")
-    right = isthmus(folder, *ask, "own/dev1/x", stdin="pw-1\n")
-    assert right.returncode == 0, right.stdout + right.stderr
-    assert "HMGET mqtt_user:dev1" in right.stdout
-    assert "auth.redis mqtt_acl:dev1: allow" in right.stdout
-    assert isthmus(folder, *ask, "own/dev2/x", stdin="pw-1\n").returncode == 1
-    wrong = isthmus(folder, *ask, "own/dev1/x", stdin="pw-2\n")
-    assert wrong.returncode == 1
-    assert "the password is another (sha256)" in wrong.stdout
-    for told in (right, wrong):
-        assert not {"pw-1", "pw-2", digest(b"pw-1", "pepper")} & set(told.stdout.split())
-    example(tmp_path, "24-auth-redis", ("127.0.0.1:6379", f"127.0.0.1:{free_port()}"))
-    down = isthmus(folder, "check", "--connect")
-    assert down.returncode != 0
-    assert "auth.redis" in down.stdout + down.stderr
 
 
 async def test_a46_a_change_reaches_connected_clients_within_a_second(own: RedisServer) -> None:

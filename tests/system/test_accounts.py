@@ -12,9 +12,15 @@ from typing import Any
 
 import pytest
 
+from broker.client.connection import Connection
+from broker.client.errors import Refused as ConnectionRefused
+from broker.client.session import Publisher
+from broker.mqtt.codes import PacketType
+from broker.mqtt.packets import Publish, Will
 from tests.broker import Broker, broker
 from tests.clients import Device, Refused
 from tests.servers import PATIENCE
+from tests.system.resilience import command, eventually
 
 FILE = """
 [access]
@@ -38,6 +44,37 @@ watch = 0
 bind = "127.0.0.1:0"
 """
 RULES = "user alice\ntopic readwrite a/#\n"
+
+
+class Session(Publisher):
+    """A client with a will; notes what it gets, and how and when its connection ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended = 0.0
+        self.told: int | None = None
+        self.got: list[str] = []
+
+    @classmethod
+    async def login(cls, to: str, username: str, client_id: str, **more: Any) -> Session:
+        session = cls()
+        will = Will(b"a/will", client_id.encode(), 1)
+        session.attach(
+            await Connection.connect(
+                to, client_id=client_id, handler=session, username=username, password=b"pw", will=will, **more
+            )
+        )
+        return session
+
+    def on_publish(self, conn: Connection, publish: Publish) -> None:
+        if publish.qos:
+            conn.ack(PacketType.PUBACK, publish.packet_id)
+        self.got.append(publish.topic.decode())
+
+    def on_lost(self, conn: Connection, exc: Exception | None) -> None:
+        self.ended = time.monotonic()
+        self.told = getattr(exc, "code", None)
+        super().on_lost(conn, exc)
 
 
 def prepared(where: Path, text: str = FILE, more: str = "") -> dict[str, str]:
@@ -222,6 +259,46 @@ def test_a_banned_clients_will_is_not_published(tmp_path: Path) -> None:
             done(running, "clients", "kick", "b2")
             assert alice.receive().payload == b"kicked", "the one that was only kicked"
             other.paho.loop_stop()
+    finally:
+        running.stop()
+
+
+def test_z33_a_ban_by_user_name_ends_every_session_of_that_user_at_once(tmp_path: Path) -> None:
+    """Whatever the protocol version and the way in; MQTT 5 is told, and none of the wills is published (Z-12)."""
+    running = Broker(tmp_path)
+    for name, text in prepared(tmp_path, FILE + '[listeners.ws]\nbind = "127.0.0.1:0"\n').items():
+        running.write(name, text)
+    for user in ("alice", "bob"):
+        done(running, "user", "add", user, stdin="pw\n")
+    (tmp_path / "acl.conf").write_text("topic readwrite a/#\n")
+    running.start()
+
+    async def main() -> None:
+        tcp, ws = f"mqtt://{running.ready['tcp']}", f"ws://{running.ready['ws']}/mqtt"
+        watch = await Session.login(tcp, "alice", "watch")
+        assert await watch.conn.subscribe([("a/#", 1)]) == [1]
+        sessions = [
+            await Session.login(tcp, "bob", "five", session_expiry=600),
+            await Session.login(tcp, "bob", "four", version=4, clean_start=False),
+            await Session.login(ws, "bob", "web"),
+        ]
+        began = time.monotonic()
+        answer = await command(running, "ban.add", kind="user", name="bob")
+        await eventually(lambda: all(session.ended for session in sessions), "the end of all three")
+        assert answer["disconnected"] == 3
+        assert max(session.ended for session in sessions) - began <= 1.0 * PATIENCE
+        assert [session.told for session in sessions] == [0x98, None, 0x98]
+        with pytest.raises(ConnectionRefused) as refused:
+            await Session.login(tcp, "bob", "five")
+        assert refused.value.code == 0x8A
+        await watch.publish("a/still", b"")
+        await eventually(lambda: watch.got, "her own message")
+        assert watch.got == ["a/still"]
+        assert not watch.ended
+        await watch.disconnect()
+
+    try:
+        asyncio.run(main())
     finally:
         running.stop()
 

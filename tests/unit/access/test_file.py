@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from broker.access.gate import AccessError, AccessGate
 from broker.access.passwords import hash_password
 from broker.config.settings import Settings, load_settings
 from broker.extend.auth import Client, Grant, Verdict
+from tests.servers import PATIENCE
 from tests.unit.access.doubles import Fake, Login, instance
 
 HASH = hash_password("secret", "pbkdf2")
@@ -51,6 +53,29 @@ async def test_passwords_and_rules_from_files_and_again_after_a_reload(tmp_path:
     await gate._refresher.run_due()
     assert kicked == [0x87], "bob is no longer in the file"
     assert (await log("bob", b"secret")).code == 0x86
+    await gate.close()
+
+
+async def test_a48_a_crowd_of_logins_costs_what_the_processors_have_and_breaks_nothing(tmp_path: Path) -> None:
+    """A thousand a second, wrong ones among them: each is judged or told "busy", and the loop goes on."""
+    stored = hash_password("secret")
+    settings = write(tmp_path, passwords="".join(f"u{n}:{stored}\n" for n in range(1_000)), acl="topic a\n")
+    gate = AccessGate(settings)
+    await gate.open()
+    log, loop = Login(gate), asyncio.get_running_loop()
+    started = [log.start(f"u{n}", b"secret" if n % 2 else b"wrong", f"c{n}") for n in range(1_000)]
+    worst, last = 0.0, loop.time()
+    async with asyncio.timeout(30):
+        while not all(channel.answered.is_set() for channel in started):
+            await asyncio.sleep(0.001)
+            worst, last = max(worst, loop.time() - last), loop.time()
+    codes = [channel.code for channel in started]
+    assert set(codes[::2]) == {0x86, 0x89}
+    assert set(codes[1::2]) == {0, 0x89}
+    assert worst < 0.25 * PATIENCE, "the loop ran on"
+    status = gate.status()["accounts"]
+    assert (status["state"], status["errors"]) == ("ok", 0), "nobody takes it for broken"
+    assert (await log("u1", b"secret", "later")).code == 0
     await gate.close()
 
 

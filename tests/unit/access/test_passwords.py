@@ -10,6 +10,7 @@ from pathlib import Path
 import bcrypt
 import pytest
 
+from broker.access.bulkhead import Busy
 from broker.access.password_file import read_passwords
 from broker.access.passwords import BadHash, Form, Hash, Verifier, describes_itself, hash_password
 from broker.access.text_file import FileError
@@ -115,6 +116,21 @@ async def test_a48_slow_hashes_do_not_stop_the_loop() -> None:
         worst, last = max(worst, loop.time() - last), loop.time()
     assert not any([await login for login in logins])
     assert worst < 0.5, "the loop ran on"
+    verifier.close()
+
+
+async def test_a48_what_would_wait_too_long_is_told_busy_at_once() -> None:
+    verifier = Verifier(1)
+    verifier._took = 0.5
+    hash = Hash(hash_password("secret"))
+    logins = [asyncio.create_task(verifier.verify(hash, b"secret")) for _ in range(8)]
+    await asyncio.sleep(0)
+    assert [login.done() for login in logins] == [False] * 5 + [True] * 3, "2 s, and the one that is being verified"
+    for login in logins[5:]:
+        with pytest.raises(Busy):
+            await login
+    assert await asyncio.gather(*logins[:5]) == [True] * 5
+    assert await verifier.verify(hash, b"secret"), "nothing is left behind"
     verifier.close()
 
 
