@@ -11,7 +11,7 @@ NAME ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak durable drain power chaos reference picture dist clean
+.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak durable drain logins power chaos reference picture dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -85,6 +85,9 @@ durable: compile  ## what safety costs: QoS 1 and 2 into queues on disk, and wha
 
 drain: compile servers  ## how fast a backlog goes into databases, beside their drivers: ARGS="postgresql mysql"
 	$(BIN)/python -m tests.benchmarks.drain $(ARGS)
+
+logins: setup servers  ## how fast clients are let in, beside each driver: ARGS="ldap redis"
+	$(BIN)/python -m tests.benchmarks.logins $(ARGS)
 
 power: setup  ## cut the power 200 times and count what is lost; ARGS="--states 20 --seed 7"
 	$(BIN)/python -m tests.power --ext4 50 $(ARGS)

@@ -123,8 +123,11 @@ class Broker:
         )
         self.gate.rights_changed = self.engine.rights_changed
         self.gate.kick = self.engine.kick
+        self.gate.hold_back = self.engine.hold_back
+        self.engine.on_denied = self.gate.denied
         self.engine.on_disconnected = self.gate.protection.disconnected
         self.listeners = Listeners(self.engine, settings.base)
+        self.listeners.on_revoked(self.gate.revoke)
         self.internal = self._data / "run" / "workers.sock"
         self.supervisor = Supervisor(self.internal, settings.broker.name, log_format, log_level)
         self.control_path = self._data / "control.sock"
@@ -323,6 +326,7 @@ class Broker:
                 await self.gate.replace(old)
                 raise ReloadRefused(f"{new.located(str(error))}; nothing was changed") from error
             self.engine.configure(limits_of(new))
+            await self.gate.recheck(self.engine.clients())
             self._memory.limit = new.broker.max_memory or memory.group_limit()
             touched = set(change.added) | set(change.changed)
             for room, instances in (("sinks", new.sinks), ("bridges", new.bridges)):

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 RESERVED = "isthmus/"
 """Client ids of workers: ``isthmus/<instance>/<lane>``; only the internal listener lets them in."""
+HELD_BACK = 1.0
+"""Seconds for which nothing is handled of a client that tries too often what is denied."""
 COMPILED = 4_096
 """Compiled rule lists kept; users with the same groups share one."""
 
@@ -54,6 +56,8 @@ class AccessGate:
         """Set by the application: the engine forgets cached rights of one client id, or of all."""
         self.kick: Callable[[str, int], Any] | None = None
         """Set by the application: closes a client's connection with a reason code."""
+        self.hold_back: Callable[[Any, float], Any] | None = None
+        """Set by the application: leaves what a connection sends alone for so many seconds."""
         self.protection = Protection()
         self.generation = 0
         self._settings = settings
@@ -340,6 +344,15 @@ class AccessGate:
         packet = 1 << (qos << 1 | int(retain))
         parts = topic.split("/")
         return allowed(principal.sources, PUBLISH, topic, parts, principal, packet, self._no_match) == packet
+
+    def denied(self, channel: Any) -> None:
+        """The engine refused a message or a filter of this connection for want of a right; called once for each, and
+        once for each repetition."""
+        verdict = self.protection.denied(channel.principal, channel.peer)
+        if verdict:
+            channel.disconnect(verdict)
+        elif verdict is None and self.hold_back is not None:
+            self.hold_back(channel, HELD_BACK)
 
     def _allowed(self, principal: Any, action: int, topic: str, packets: int) -> int:
         """Which of these packets are allowed; with none, 1 or 0 for any of them. Who is banned may publish nothing, so

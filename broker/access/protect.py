@@ -21,7 +21,9 @@ from broker.runtime.logs import limited
 
 logger = logging.getLogger(__name__)
 
+NOT_AUTHORIZED = 0x87
 BANNED = 0x8A
+MESSAGE_RATE = 0x96
 QUOTA_EXCEEDED = 0x97
 RATE_EXCEEDED = 0x9F
 
@@ -192,11 +194,14 @@ class Protection:
         """(user, client id)"""
         self._connects_by_address = Rate(clock)
         self._connects_by_user = Rate(clock)
+        self._denials = Rate(clock)
+        """By client id."""
         self._places_by_address = Places()
         self._places_by_user = Places()
         self._exempt: Networks[bool] = Networks()
         self._config = AccessConfig()
         self._jailed = limited(logger, "somebody is refused for a while")
+        self._denied = limited(logger, "a client tries what it has no right to")
 
     def configure(self, access: AccessConfig) -> None:
         """Put `[access]` into force. What did not change keeps its counts."""
@@ -221,6 +226,8 @@ class Protection:
             self._places_by_address.configure(quota.max_connections_per_address)
             self._connects_by_user.configure(quota.connect_rate_per_user, quota.rate_window)
             self._connects_by_address.configure(quota.connect_rate_per_address, quota.rate_window)
+        if access.deny_rate != self._denials.rate:
+            self._denials.configure(access.deny_rate, 1.0)
         self._rearm()
 
     # the gate asks ----------------------------------------------------------------------------------------------------
@@ -303,6 +310,28 @@ class Protection:
             if site is not None:
                 self._places_by_address.take(site, principal.clientid, channel)
 
+    def denied(self, principal: Any, peer: str) -> int | None:
+        """What follows for a client that was denied something: the reason code to disconnect it with, 0 for nothing,
+        None to leave what it sends alone for a while."""
+        access = self._config
+        if access.deny_action == "disconnect":
+            self.counters["denied_disconnects"] += 1
+            self._denied.warning(
+                "client %r (user %r) from %s is disconnected for what it has no right to (deny_action)",
+                principal.clientid, shown(principal.username), peer,
+            )  # fmt: skip
+            return NOT_AUTHORIZED
+        if not access.deny_rate or self._denials.take(principal.clientid):
+            return 0
+        throttle = access.deny_rate_action == "throttle"
+        self.counters["denied_throttles" if throttle else "denied_disconnects"] += 1
+        then = "not read for a while" if throttle else "disconnected"
+        self._denied.warning(
+            "client %r (user %r) from %s is %s: more than %g denials a second (deny_rate)",
+            principal.clientid, shown(principal.username), peer, then, access.deny_rate,
+        )  # fmt: skip
+        return None if throttle else MESSAGE_RATE
+
     def disconnected(self, channel: Any) -> None:
         """The engine tells the end of every connection that had a session."""
         principal = channel.principal
@@ -361,6 +390,8 @@ class Protection:
             "refused": {name: self.counters[name] for name in _REFUSALS if self.counters[name]},
             "lockouts": self.counters["lockouts"],
             "flapping_bans": self.counters["flapping_bans"],
+            "denied_disconnects": self.counters["denied_disconnects"],
+            "denied_throttles": self.counters["denied_throttles"],
         }
 
     # inside -----------------------------------------------------------------------------------------------------------

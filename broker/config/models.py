@@ -84,6 +84,14 @@ class AccessConfig(Section):
     """Whether a client with neither user name nor password is let in."""
     no_match: Literal["allow", "deny"] = "deny"
     """The answer when no source of rules has one: allow | deny."""
+    deny_action: Literal["ignore", "disconnect"] = "ignore"
+    """What becomes of a client whose PUBLISH or SUBSCRIBE was denied: ignore (it stays; MQTT 5 reads 0x87 where there
+    is an acknowledgement, 3.x gets that of a message that was taken) | disconnect (MQTT 5 with 0x87; 3.x is closed
+    and the message stays unacknowledged). Either way it reaches nobody and is counted."""
+    deny_rate: float = Field(default=1_000.0, ge=0, le=1_000_000)
+    """Denied messages and filters of one client a second above which `deny_rate_action` follows. 0: no limit."""
+    deny_rate_action: Literal["throttle", "disconnect"] = "throttle"
+    """What follows: throttle (nothing it sends is handled for a second) | disconnect (with 0x96)."""
     on_error: Literal["deny", "ignore"] = "deny"
     """What a failing backend means, unless the backend says otherwise: deny | ignore."""
     order: tuple[str, ...] | None = None

@@ -42,6 +42,8 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "clientid": ("client_id", "remote_clientid"),
     "certificate": ("cert", "certfile", "cert_file", "tls_cert"),
     "key": ("keyfile", "key_file", "private_key", "tls_key"),
+    "no_match": ("acl_nomatch", "nomatch"),
+    "deny_action": ("acl_deny_action", "disconnect_if_pub_rejected"),
     "client_crl": ("crlfile", "crl_file", "crl"),
     "client_ca": ("cafile", "ca_file", "ca", "cacertfile"),
     "ca": ("cafile", "ca_file", "bridge_cafile", "cacertfile"),

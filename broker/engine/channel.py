@@ -289,8 +289,18 @@ class Channel(Outbox):
                         code = entry.code & 0xFF
                         break
                     else:
+                        if run_count and run_route is not None:  # a run is one slice: what is denied must not lie in it
+                            self._deliver_run(data, run_start, run_end, run_count, largest, run_route)
+                            run_count = 0
                         self.core.received += 1
                         self.core.drop("invalid_topic" if entry.code == 0x90 else "unauthorized")
+                        if entry.code != 0x90 and self.engine.on_denied is not None:
+                            self.engine.on_denied(self)
+                            if self.state == CLOSED:
+                                return
+                            if self.suspended:
+                                i = end
+                                break
                     i = end
                     continue
             if run_count and run_route is not None:
@@ -324,6 +334,9 @@ class Channel(Outbox):
                     return
                 if said == SUSPEND:
                     end = i
+                    break
+                if self.suspended:  # after a denial: this packet is done with
+                    i = end
                     break
             else:
                 self._on_packet(kind, first, p[at:end])
@@ -586,6 +599,10 @@ class Channel(Outbox):
         if code:
             core.received += 1
             core.drop("unauthorized" if code == 0x87 else "invalid_topic" if code == 0x90 else "invalid_payload")
+            if code == 0x87 and self.engine.on_denied is not None:
+                self.engine.on_denied(self)
+                if self.state == CLOSED:
+                    return STOP
             if qos:
                 self._acknowledge(0x40 if qos == 1 else 0x50, ident, code if self.v5 else 0)
             return CONTINUE
@@ -826,6 +843,8 @@ class Channel(Outbox):
             subscribe = packets.decode_subscribe(body, self.version, limits.strict, limits.max_user_properties)
             self._flush_acks()
             codes, retained = self.engine.subscribe(self, session, subscribe)
+            if self.state == CLOSED:
+                return
             if session.spool is not None:
                 self.engine.when_subscribed(self, session, subscribe, codes, retained)
             else:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from broker.engine import records, topics
-from broker.engine.channel import AUTHENTICATING, LIVE, Channel
+from broker.engine.channel import AUTHENTICATING, CLOSED, LIVE, Channel
 from broker.engine.core import Core, Limits
 from broker.engine.gate import InternalPrincipal
 from broker.engine.groups import Lanes, ShareGroup
@@ -100,6 +100,9 @@ class Engine:
         self.on_connected: Callable[[Channel], None] | None = None
         self.on_disconnected: Callable[[Channel], None] | None = None
         self.observer: Observer | None = None
+        self.on_denied: Callable[[Channel], None] | None = None
+        """Called for each PUBLISH and each filter that was refused for want of a right; may disconnect the client, or
+        `hold_back`."""
         self.configure(limits or Limits())
 
     def configure(self, limits: Limits) -> None:
@@ -626,6 +629,8 @@ class Engine:
         older = {f: self._find(session, f) for f, _ in packet.filters} if session.spool is not None else {}
         for filter, options in packet.filters:
             code, sent = self._subscribe_one(channel, session, filter, options, ident)
+            if channel.state == CLOSED:  # for what was denied
+                break
             codes.append(code)
             retained.extend(sent)
         for filter, before in older.items():
@@ -694,6 +699,8 @@ class Engine:
             return (0x8F if v5 else 0x80), []
         if not channel.principal.privileged and not self.gate.may_subscribe(channel.principal, target.decode(), qos):
             self.core.count("subscribe_denied")
+            if self.on_denied is not None:
+                self.on_denied(channel)
             return (0x87 if v5 else 0x80), []
         if session.spool is not None and self.core.journal.refusing:
             return (0x97 if v5 else 0x80), []
@@ -937,6 +944,12 @@ class Engine:
             return False
         session.channel.disconnect(code)
         return True
+
+    def hold_back(self, channel: Channel, seconds: float) -> None:
+        """Handle nothing more of what this client sends for a while."""
+        if channel.state == LIVE and not channel.suspended:
+            channel.suspended = True
+            self.timers.at(self.core.now + seconds, channel.resume_parse)
 
     # time -----------------------------------------------------------------------------------------------------
 

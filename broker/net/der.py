@@ -1,7 +1,8 @@
-"""Reads the validity of an X.509 certificate; the standard library shows it for verified peers only."""
+"""Reads a few fields of X.509 certificates and revocation lists, which the standard library does not show."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 
@@ -23,9 +24,49 @@ def validity(der: bytes) -> tuple[datetime, datetime]:
     return first, last
 
 
+def named(der: bytes) -> tuple[bytes, bytes]:
+    """Issuer and serial number of a certificate, as encoded there. ValueError. RFC 5280 4.1."""
+    try:
+        certificate, _ = _element(der, 0, 0x30)
+        fields, _ = _element(certificate, 0, 0x30)
+        offset = 0
+        if fields[0] == 0xA0:
+            _, offset = _element(fields, offset, 0xA0)
+        serial, offset = _element(fields, offset, 0x02)
+        _, offset = _element(fields, offset, 0x30)
+        issuer, _ = _element(fields, offset, 0x30)
+    except IndexError:
+        raise ValueError("not an X.509 certificate") from None
+    return issuer, serial
+
+
+def listed(der: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Issuer and serial number of the certificates a revocation list names. ValueError. RFC 5280 5.1."""
+    try:
+        whole, _ = _element(der, 0, 0x30)
+        fields, _ = _element(whole, 0, 0x30)
+        offset = 0
+        if fields[0] == 0x02:  # the version, absent in version 1
+            _, offset = _element(fields, offset, 0x02)
+        _, offset = _element(fields, offset, 0x30)
+        issuer, offset = _element(fields, offset, 0x30)
+        while offset < len(fields) and fields[offset] in (0x17, 0x18):  # this update, next update
+            _, offset = _element(fields, offset, fields[offset])
+        if offset == len(fields) or fields[offset] != 0x30:
+            return  # nobody is revoked
+        entries, _ = _element(fields, offset, 0x30)
+        offset = 0
+        while offset < len(entries):
+            entry, offset = _element(entries, offset, 0x30)
+            serial, _ = _element(entry, 0, 0x02)
+            yield issuer, serial
+    except IndexError:
+        raise ValueError("not a revocation list") from None
+
+
 def _element(data: bytes, offset: int, tag: int) -> tuple[bytes, int]:
     if data[offset] != tag:
-        raise ValueError("not an X.509 certificate")
+        raise ValueError("not of X.509")
     length = data[offset + 1]
     offset += 2
     if length & 0x80:
@@ -33,7 +74,7 @@ def _element(data: bytes, offset: int, tag: int) -> tuple[bytes, int]:
         length = int.from_bytes(data[offset : offset + size], "big")
         offset += size
     if offset + length > len(data):
-        raise ValueError("the certificate is cut short")
+        raise ValueError("cut short")
     return data[offset : offset + length], offset + length
 
 

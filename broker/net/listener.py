@@ -17,7 +17,7 @@ from broker.config.listeners import (
     UnixListener,
     WebSocket,
 )
-from broker.net import binding, tls
+from broker.net import binding, revocation, tls
 from broker.net.acceptor import Acceptor
 from broker.net.admission import Admission
 from broker.net.connection import Arrivals
@@ -26,6 +26,9 @@ from broker.net.server import Server
 from broker.net.shared import Shared
 
 log = logging.getLogger(__name__)
+
+LOGIN = 5.0
+"""Seconds a login may take beyond the deadline of its CONNECT."""
 
 
 class Change:
@@ -107,7 +110,7 @@ class Listener(Admission):
         before = self.config
         self.config = config
         self.context = change.context
-        self._fingerprint = change.fingerprint
+        renewed, self._fingerprint = change.fingerprint != self._fingerprint, change.fingerprint
         self.alarm = None
         info = self.info
         info.kind = config.kind or self.name
@@ -134,6 +137,8 @@ class Listener(Admission):
             self._inode = change.inode
         if isinstance(config, UnixListener):
             os.chmod(config.path, int(config.mode, 8))
+        if renewed:
+            self._end_revoked()
         if self.secure and not _is_uvloop(self.loop):
             log.warning(
                 "listener %r: TLS without uvloop takes 280 kB a connection instead of 24 kB; install uvloop", self.name
@@ -163,7 +168,16 @@ class Listener(Admission):
             return False
         self.context, self._fingerprint, self.alarm = context, fingerprint, None
         log.info("listeners.%s: new hand-shakes use the renewed certificate %s", self.name, config.certificate)
+        self._end_revoked()
         return True
+
+    def _end_revoked(self) -> None:
+        config, shared = self.config, self.shared
+        if isinstance(config, SecureListener) and config.client_crl is not None and shared.revoke is not None:
+            path = Path(config.client_crl)
+            shared.spawn(
+                revocation.end_revoked(self.engine, self.info, path, shared.revoke, self.connect_timeout + LOGIN)
+            )
 
     def close(self) -> None:
         """Accept nothing more. Connections stay."""

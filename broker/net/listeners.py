@@ -36,6 +36,10 @@ class Listeners:
         self._internal: Listener | None = None
         self._timer: asyncio.TimerHandle | None = None
 
+    def on_revoked(self, revoke: Callable[[Any], None]) -> None:
+        """Call this with the channel of every client whose certificate a new `client_crl` names."""
+        self._shared.revoke = revoke
+
     def __getitem__(self, name: str) -> Listener:
         return self._open[name]
 

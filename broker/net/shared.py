@@ -15,13 +15,16 @@ class Shared:
     """One object per broker; `report(category, text)` limits the lines of each category."""
 
     __slots__ = (
-        "_empty", "connections", "descriptors", "engine", "handshakes", "loop", "report", "strangers", "tasks",
+        "_empty", "connections", "descriptors", "engine", "handshakes", "loop", "report", "revoke", "strangers",
+        "tasks",
     )  # fmt: skip
 
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop, report: Callable[[str, str], None]) -> None:
         self.engine = engine
         self.loop = loop
         self.report = report
+        self.revoke: Callable[[Any], None] | None = None
+        """Ends a connection whose certificate was revoked; None: they stay."""
         self.descriptors = Descriptors()
         self.handshakes = Handshakes(loop)
         self.connections = 0

@@ -87,6 +87,10 @@ class WebSocketLink(WSListener):
         closing: bool = self.transport.is_closing()
         return closing
 
+    def get_extra_info(self, name: str) -> Any:
+        """What the transport below knows."""
+        return self.transport.get_extra_info(name)
+
     def pause_reading(self) -> None:
         """Leave the peer's bytes in the kernel; frames already read are still delivered."""
         self.transport.pause_reading()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,11 +68,22 @@ class Watcher(Publisher):
     def __init__(self) -> None:
         super().__init__()
         self.got: list[tuple[str, bool]] = []
+        self.ended = False
+        self.told: int | None = None
+        self.acks: list[int] = []
 
     def on_publish(self, conn: Connection, publish: Publish) -> None:
         if publish.qos:
             conn.ack(PacketType.PUBACK if publish.qos == 1 else PacketType.PUBREC, publish.packet_id)
         self.got.append((publish.topic.decode(), publish.retain))
+
+    def on_ack(self, conn: Connection, packet_type: int, packet_id: int, code: int) -> None:
+        self.acks.append(packet_id)
+        super().on_ack(conn, packet_type, packet_id, code)
+
+    def on_lost(self, conn: Connection, exc: Exception | None) -> None:
+        self.ended, self.told = True, getattr(exc, "code", None)
+        super().on_lost(conn, exc)
 
 
 async def login(to: str, user: str, client_id: str, **more: Any) -> Watcher:
@@ -164,37 +176,114 @@ def test_z29_what_may_not_be_retained_reaches_who_is_there_and_nobody_later(runn
     asyncio.run(main())
 
 
-def test_z24_who_tries_ten_thousand_denied_topics_costs_the_others_nothing(running: Broker) -> None:
-    """Each is decided from local rules: the backend is asked once, at the login."""
+def test_z25_nothing_denied_travels_between_what_is_allowed(running: Broker) -> None:
+    """Many packets of one read leave as one slice of it; what is denied among them must not."""
 
-    async def main() -> Canary:
+    async def main(version: int) -> None:
+        to = ways(running)["tcp"]
+        watcher = await login(to, "root", f"watch-{version}", version=version)
+        await watcher.conn.subscribe([("#", 0)])
+        client = await login(to, "dev", "d", version=version)
+        for topic in ("a/d/x", "denied", "a/d/x", "slow/x", "eq/no", "a/d/x", "live/x", "a/d/x", "denied"):
+            client.conn.publish(topic, b"x")
+        await client.publish("a/d/end", b"")
+        await eventually(lambda: ("a/d/end", False) in watcher.got, "the last message")
+        assert [topic for topic, _ in watcher.got] == [
+            "a/d/x", "a/d/x", "slow/x", "a/d/x", "live/x", "a/d/x", "a/d/end",
+        ]  # fmt: skip
+        await client.disconnect()
+        await watcher.disconnect()
+
+    for version in (4, 5):
+        asyncio.run(main(version))
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_z25_who_is_denied_is_disconnected_where_that_is_wanted(tmp_path: Path, version: int) -> None:
+    """Neither version gets an acknowledgement that could be taken for a yes; what came before is delivered."""
+
+    async def main(running: Broker) -> None:
+        to = ways(running)["tcp"]
+        watcher = await login(to, "root", "watch")
+        assert await watcher.conn.subscribe([("#", 2)]) == [2]
+        for number, qos in enumerate((0, 1, 2)):
+            client = await login(to, "dev", "d", version=version)
+            client.conn.publish("a/d/before", b"")
+            client.conn.publish("denied", b"x", qos, packet_id=7 if qos else 0)
+            client.conn.publish("a/d/after", b"")
+            await eventually(lambda c=client: c.ended, "the end of the connection")  # type: ignore[misc]
+            assert client.told == (0x87 if version == 5 else None)
+            assert client.acks == []
+            await eventually(lambda n=number: len(watcher.got) > n, "what came before")  # type: ignore[misc]
+        client = await login(to, "dev", "d", version=version)
+        with pytest.raises(ConnectionError):
+            await client.conn.subscribe([("a/b", 0), ("#", 0), ("a/c", 0)])
+        await eventually(lambda: client.ended, "the end of the connection")
+        assert client.told == (0x87 if version == 5 else None)
+        assert watcher.got == [("a/d/before", False)] * 3
+        status = ask(running, "status")
+        assert status["messages"]["dropped"]["unauthorized"] == 3
+        assert status["access"]["denied_disconnects"] == 4
+        await watcher.disconnect()
+
+    text = TABLE.replace("[auth.people]", '[access]\ndeny_action = "disconnect"\n[auth.people]', 1)
+    with broker(tmp_path, {"00.toml": text}) as running:
+        asyncio.run(main(running))
+
+
+def test_z24_who_tries_ten_thousand_denied_topics_a_second_costs_the_others_nothing(tmp_path: Path) -> None:
+    """The backend is asked once, at the login: topics are judged by local rules. Beyond the rate nothing is read."""
+
+    async def main(running: Broker) -> tuple[Canary, float, dict[str, Any]]:
+        loop = asyncio.get_running_loop()
         to = ways(running)["tcp"]
         client = await login(to, "dev", "flood")
         before = ask(running, "status")
         canary = await Canary.open(to, username="root", password=b"pw")
-        singing = asyncio.create_task(canary.sing(3.0, 0.05))
-        refused = 0
-        for start in range(0, 20_000, 50):
-            found = await asyncio.gather(*(code(client, f"denied/{start + n}") for n in range(50)))
-            refused += found.count(0x87)
-        for n in range(20_000):
-            client.conn.publish(f"denied/again/{n}", b"x")
-            if n % 50 == 0:
-                await asyncio.sleep(0.005)  # ten thousand a second
+        singing = asyncio.create_task(canary.sing(4.0, 0.05))
+        began = loop.time()
+        for start in range(0, 10_000, 100):
+            for n in range(start, start + 100):
+                client.conn.publish(f"denied/{n}", b"x")
+            await asyncio.sleep(0.01)  # ten thousand a second
+        refused = [await code(client, f"denied/again/{n}") for n in range(5)]
+        took = loop.time() - began
+        assert refused == [0x87] * 5
         assert await client.conn.subscribe([(f"denied/{n}/#", 0) for n in range(100)]) == [0x87] * 100
         await singing
         after = ask(running, "status")
-        assert refused == 20_000
         counts = [status["messages"]["dropped"].get("unauthorized", 0) for status in (before, after)]
-        assert counts[1] - counts[0] == 40_000
+        assert counts[1] - counts[0] == 10_005, "all are counted"
         assert after["auth"]["people"]["calls"] - before["auth"]["people"]["calls"] == 1, "the canary's login"
         assert canary.lost == 0
         await client.disconnect()
         await canary.disconnect()
-        return canary
+        return canary, took, after["access"]
 
-    canary = asyncio.run(main())
+    text = TABLE.replace("[auth.people]", "[access]\ndeny_rate = 2000\n[auth.people]", 1)
+    with broker(tmp_path, {"00.toml": text}) as running:
+        canary, took, access = asyncio.run(main(running))
     assert canary.slowest <= SLOWEST
+    assert took >= (10_000 - 2 * 2_000) / 2_000, "no more a second than deny_rate, after what may come at once"
+    assert access["denied_throttles"] > 0
+    assert access["denied_disconnects"] == 0
+
+
+def test_z24_who_tries_too_often_is_disconnected_where_that_is_wanted(tmp_path: Path) -> None:
+    async def main(running: Broker) -> None:
+        client = await login(ways(running)["tcp"], "dev", "flood")
+        for n in range(99):
+            client.conn.publish(f"denied/{n}", b"x")
+        assert await code(client, "a/flood/x") == 0
+        for n in range(99):
+            client.conn.publish(f"denied/{n}", b"x")
+        await eventually(lambda: client.ended, "the end of the connection")
+        assert client.told == 0x96
+        assert ask(running, "status")["access"]["denied_disconnects"] == 1
+
+    limit = '[access]\ndeny_rate = 100\ndeny_rate_action = "disconnect"\n[auth.people]'
+    with broker(tmp_path, {"00.toml": TABLE.replace("[auth.people]", limit, 1)}) as running:
+        asyncio.run(main(running))
 
 
 def test_z30_case_and_slashes_make_other_topics(running: Broker) -> None:

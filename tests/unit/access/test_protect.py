@@ -261,6 +261,7 @@ def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyP
         for _ in range(1 + number % 2):
             made.failed(f"u{number}", host)
             principal = SimpleNamespace(clientid=f"c{number}", username="u", privileged=False)
+            made.denied(principal, "")
             leave(made, SimpleNamespace(principal=principal, peer="", peerhost=host))
         made.before(f"c{number}", f"x{number}", host)
         made.after(f"c{number}", f"x{number}", host)
@@ -271,7 +272,7 @@ def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyP
         for table in vars(part).values()
         if isinstance(table, dict)
     ]
-    assert len(sizes) == 10
+    assert len(sizes) == 11
     assert min(sizes) >= 99
     assert max(sizes) == 100
 
@@ -388,3 +389,25 @@ class Live:
         await channel.answered.wait()
         code: int | None = channel.code
         return code
+
+
+def test_z25_a_denial_costs_the_connection_only_where_that_is_wanted(clock: Clock) -> None:
+    who = SimpleNamespace(clientid="c", username="u")
+    assert protection(clock).denied(who, "") == 0
+    made = protection(clock, deny_action="disconnect")
+    assert made.denied(who, "") == 0x87
+    assert made.status()["denied_disconnects"] == 1
+
+
+@pytest.mark.parametrize(("action", "verdict"), [("throttle", None), ("disconnect", 0x96)])
+def test_z24_denials_are_counted_by_client_and_second(clock: Clock, action: str, verdict: int | None) -> None:
+    one, other = SimpleNamespace(clientid="a", username="u"), SimpleNamespace(clientid="b", username="u")
+    made = protection(clock, deny_rate=3, deny_rate_action=action)
+    assert [made.denied(one, "") for _ in range(4)] == [0, 0, 0, verdict]
+    made.configure(AccessConfig.model_validate({"deny_rate": 3, "deny_rate_action": action, "no_match": "allow"}))
+    assert made.denied(one, "") == verdict, "a reload forgets nothing"
+    assert made.denied(other, "") == 0
+    clock.now += 1.0
+    assert [made.denied(one, "") for _ in range(4)] == [0, 0, 0, verdict]
+    made.configure(AccessConfig(deny_rate=0))
+    assert {made.denied(one, "") for _ in range(5_000)} == {0}
