@@ -35,6 +35,7 @@ from broker.extend import registry
 from broker.extend.record import compile_template
 from broker.extend.session import SessionSpec
 from broker.extend.sink import Record
+from broker.features.client_events import ClientEvents
 from broker.net.descriptors import make_room
 from broker.net.errors import ListenError
 from broker.net.listeners import Listeners
@@ -126,6 +127,7 @@ class Broker:
         self.gate.hold_back = self.engine.hold_back
         self.engine.on_denied = self.gate.denied
         self.engine.on_disconnected = self.gate.protection.disconnected
+        self._events = ClientEvents(self.engine)
         self.listeners = Listeners(self.engine, settings.base)
         self.listeners.on_revoked(self.gate.revoke)
         self.internal = self._data / "run" / "workers.sock"
@@ -153,6 +155,7 @@ class Broker:
         await self.gate.open()
         for instance in (*settings.sinks.values(), *settings.bridges.values()):
             self._ensure(instance)
+        self._events.watch(settings.events.publish)
         for name, left in self.engine.find_orphans().items():
             self._warn_of_orphan(name, left)
         await self.listeners.open_internal(self.internal)
@@ -336,6 +339,7 @@ class Broker:
             gone = {*old.sinks, *old.bridges} - {*new.sinks, *new.bridges}
             for name in gone:
                 self.engine.mute_instance(name)
+            self._events.watch(new.events.publish)
             self.settings = new
             await self.supervisor.apply(new.sinks, new.bridges, new.workers.processes, new.base)
             for name in gone:  # only now: what left took its leave by itself

@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Any
 
-from aiokafka import AIOKafkaProducer
-from aiokafka.conn import create_conn
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
 from broker.extend.sink import Fatal, NotConnected
 from sinks import _kafka_log
-from sinks._kafka_errors import describe, refusal
-from sinks._kafka_security import Sasl, Tls, driver_options
+from sinks._kafka_diagnosis import Diagnosis
+from sinks._kafka_security import Sasl, Tls, driver_options, token_provider
 
 _log = logging.getLogger("sinks.kafka")
 
 _METADATA_EVERY_MS = 60_000
 _MISSING_FOR = 30.0  # seconds until a missing topic is a mistake and not a topic about to be made
-_DIAGNOSE_WITHIN = 5.0
 _FLUSH, _ABANDON = 2.0, 1.0  # close() takes _FLUSH + 2 * _ABANDON seconds at most
 
 _kafka_log.install()
@@ -33,8 +33,11 @@ class Cluster:
         self, servers: list[str], sasl: Sasl | None, tls: Tls | None, timeout: float, **producer_options: Any
     ) -> None:
         self._servers = servers
-        self._sasl = sasl
-        self._tls = tls
+        tokens = token_provider(sasl)
+        self._security = partial(driver_options, sasl, tls, tokens)
+        self._hears_no = tokens is None
+        """Whether the driver notices that it is not let in: it takes a token that is refused for a good one."""
+        self._diagnosis = Diagnosis(servers, self._security, timeout)
         self._timeout = timeout
         self._options = producer_options
         self._opening = asyncio.Lock()
@@ -51,6 +54,13 @@ class Cluster:
             if self._producer is None:
                 self._producer = await self._open()
             return self._producer
+
+    def consumer(self) -> AIOKafkaConsumer:
+        """One that sees what is committed, not started yet."""
+        return AIOKafkaConsumer(
+            bootstrap_servers=self._servers, isolation_level="read_committed", enable_auto_commit=False,
+            request_timeout_ms=int(self._timeout * 1000), **self._security(),
+        )  # fmt: skip
 
     def discard(self, producer: AIOKafkaProducer) -> None:
         """A batch of it failed, so its sequence numbers have a hole: what it still holds is finished, then it ends."""
@@ -78,18 +88,29 @@ class Cluster:
         except TimeoutError as error:
             raise NotConnected(f"Kafka at {', '.join(self._servers)} does not answer") from error
         if not answered:
-            raise await self._reason(None)
+            raise await self._diagnosis.reason(None)
 
-    async def check(self, topic: str | None) -> None:
-        """One round trip; a topic that is missing is Fatal at once."""
-        producer = await self.producer()
+    async def check(self, *topics: str) -> None:
+        """One round trip; a topic that is missing is Fatal at once. No transactional producer is opened for that: it
+        would end the one of the sink that runs."""
+        own = None
+        if self._producer is None and self._options.get("transactional_id"):
+            await self._let_in()
+            own = AIOKafkaClient(bootstrap_servers=self._servers, **self._security())
+        client = own or (await self.producer()).client
         try:
             async with asyncio.timeout(self._timeout):
-                cluster = await producer.client.fetch_all_metadata()
+                if own is not None:
+                    await own.bootstrap()
+                cluster = await client.fetch_all_metadata()
         except (KafkaError, OSError, TimeoutError) as error:
-            raise await self._reason(error) from error
-        if topic is not None and topic not in cluster.topics():
-            raise Fatal(f"Kafka has no topic {topic!r}, or we may not see it: create it or allow it")
+            raise await self._diagnosis.reason(error) from error
+        finally:
+            if own is not None:
+                await own.close()
+        for topic in topics:
+            if topic not in cluster.topics():
+                raise Fatal(f"Kafka has no topic {topic!r}, or we may not see it: create it or allow it")
 
     async def close(self) -> None:
         """What is on its way gets two seconds, then it is abandoned: the queue it came from still has it."""
@@ -123,8 +144,13 @@ class Cluster:
             raise Fatal(f"Kafka has no topic {topic!r}: create it")
         raise NotConnected(f"Kafka has no topic {topic!r} yet")
 
+    async def _let_in(self) -> None:
+        if not self._hears_no and isinstance(refusal := await self._diagnosis.refusal(), Fatal):
+            raise refusal
+
     async def _open(self) -> AIOKafkaProducer:
-        security = driver_options(self._sasl, self._tls)
+        await self._let_in()
+        security = self._security()
         try:
             producer = AIOKafkaProducer(
                 bootstrap_servers=self._servers, enable_idempotence=True, acks="all", linger_ms=0,
@@ -138,36 +164,11 @@ class Cluster:
                 await producer.start()
         except (KafkaError, OSError, TimeoutError, ValueError) as error:
             await producer.stop()
-            raise await self._reason(error) from error
+            raise await self._diagnosis.reason(error) from error
         except BaseException:
             await producer.stop()
             raise
         return producer
-
-    async def _reason(self, error: BaseException | None) -> NotConnected | Fatal:
-        """Why we are not connected: the driver says «unable to bootstrap» to a wrong password, too."""
-        security = driver_options(self._sasl, self._tls)
-        reasons = await asyncio.gather(*(self._refusal_of(server, security) for server in self._servers))
-        said = [reason for reason in reasons if reason is not None]
-        fatal = next((reason for reason in said if isinstance(reason, Fatal)), None)
-        if fatal is not None and len(said) == len(reasons):
-            return fatal
-        if said:
-            return NotConnected("; ".join(dict.fromkeys(str(reason) for reason in said)))
-        return NotConnected(f"Kafka at {', '.join(self._servers)}: {describe(error) if error else 'no broker answers'}")
-
-    async def _refusal_of(self, server: str, security: dict[str, Any]) -> NotConnected | Fatal | None:
-        host, _, port = server.rpartition(":")
-        try:
-            async with asyncio.timeout(min(_DIAGNOSE_WITHIN, self._timeout)):
-                connection = await create_conn(
-                    host.strip("[]"), int(port), client_id="isthmus",
-                    request_timeout_ms=int(self._timeout * 1000), **security,
-                )  # fmt: skip
-        except Exception as error:
-            return refusal(server, error)
-        connection.close()
-        return None
 
     def _end(self, producer: AIOKafkaProducer) -> None:
         task = asyncio.create_task(producer.stop())

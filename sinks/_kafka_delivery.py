@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from typing import Any
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
@@ -20,61 +18,10 @@ from broker.extend.sink import Fatal, NotConnected, Record
 from sinks._kafka_client import Cluster
 from sinks._kafka_errors import TOO_LARGE, Verdict, describe, verdict
 from sinks._kafka_layout import Layout
+from sinks._kafka_part import Part, Place
 
 _RESENDS = 8  # through a new producer each time; another lane's refused record costs one, too
 _LOOK_EVERY = 1.0  # seconds between two looks whether a cluster that owes us answers is there at all
-
-Place = tuple[str, int]
-
-
-class Part:
-    """What one write sends to one partition at once, and how that ended."""
-
-    __slots__ = ("append", "batch", "full", "future", "place", "positions", "producer", "records", "size")
-
-    def __init__(self, producer: AIOKafkaProducer, place: Place) -> None:
-        self.producer = producer
-        self.place = place
-        self.batch = producer.create_batch()
-        self.append = self.batch.append
-        self.full = False
-        self.positions: list[int] = []
-        self.records: list[Record] = []
-        """Filled for a part that outlives its write, so that its records can be told by identity."""
-        self.size = 0
-        self.future: asyncio.Future[Any]
-
-    async def send(self) -> None:
-        """Hand the batch to the driver; `future` is its answer."""
-        self.size = self.batch.size()
-        self.batch.close()
-        topic, partition = self.place
-        self.future = await self.producer.send_batch(self.batch, topic, partition=partition)
-        self.future.add_done_callback(_retrieve)
-
-    @property
-    def answered(self) -> bool:
-        return self.future.done()
-
-    @property
-    def error(self) -> BaseException | None:
-        """How an answered part failed; None when it is stored."""
-        return asyncio.CancelledError() if self.future.cancelled() else self.future.exception()
-
-    @property
-    def refused(self) -> str | None:
-        """Why its only record can never be stored; None otherwise."""
-        if not self.answered or len(self.positions) != 1:
-            return None
-        error = self.error
-        if error is None or verdict(error) is not Verdict.POISON:
-            return None
-        return f"Kafka topic {self.place[0]}: {describe(error)}"
-
-    @property
-    def settled(self) -> bool:
-        """Whether sending its records again would be wrong: stored, refused, or nobody knows yet."""
-        return not self.answered or self.error is None or self.refused is not None
 
 
 class Delivery:
@@ -96,9 +43,9 @@ class Delivery:
         """Until each record is stored or in `failed`. Raises NotConnected or Fatal."""
         while todo:
             producer = await self._cluster.producer()
-            topics = await self._topics(producer, todo)
-            parts, left = self._lay_out(producer, todo, topics)
-            handed = await self._send(parts)
+            topics = await self.topics(producer, todo)
+            parts, left = self.lay_out(producer, todo, topics)
+            handed = await self.send(parts)
             left += (position for part in parts[len(handed) :] for position in part.positions)
             await self.wait(handed)
             left += self._judge(handed)
@@ -121,7 +68,7 @@ class Delivery:
             if waiting and not done and (left := deadline - loop.time()) > 0:
                 await self._cluster.look(next(iter(waiting.values())).producer, left)
 
-    async def _topics(self, producer: AIOKafkaProducer, todo: Iterable[int]) -> dict[str, int]:
+    async def topics(self, producer: AIOKafkaProducer, todo: Iterable[int]) -> dict[str, int]:
         """Number of partitions of every topic this round needs."""
         static, topic_of, fixed = self._layout.topic, self._layout.topic_of, self._layout.fixed
         if static is not None:
@@ -134,7 +81,7 @@ class Delivery:
                 raise Fatal(f"`partition = {fixed}`: Kafka topic {topic} has {partitions} partitions, the first is 0")
         return counts
 
-    def _lay_out(
+    def lay_out(
         self, producer: AIOKafkaProducer, todo: Iterable[int], topics: dict[str, int]
     ) -> tuple[list[Part], list[int]]:
         """Append each record to the batch of its partition. Answers the batches and what did not fit."""
@@ -143,6 +90,8 @@ class Delivery:
         key_of, value_of, timestamp_of, headers_of = layout.key, layout.value, layout.timestamp, layout.headers
         limited = bool(self._rooms or layout.limits)
         parts: dict[Place, Part] = {}
+        by_key: dict[bytes | None, Part] = {}  # devices send often: their partition is looked for once
+        keyed = static is not None and layout.partitioner.keyed
         left: list[int] = []
         for position in todo:
             record = batch[position]
@@ -157,11 +106,15 @@ class Delivery:
             except (TypeError, ValueError) as error:
                 self.failed[position] = f"cannot be rendered for Kafka: {error}"
                 continue
-            place = (topic, partition_of(record, key, partitions))
-            part = parts.get(place)
+            part = by_key.get(key)
             if part is None:
-                part = parts[place] = Part(producer, place)
-            elif part.full:
+                place = (topic, partition_of(record, key, partitions))
+                part = parts.get(place)
+                if part is None:
+                    part = parts[place] = Part(producer, place)
+                if keyed and key is not None:
+                    by_key[key] = part
+            if part.full:
                 left.append(position)
                 continue
             if part.append(timestamp=timestamp, key=key, value=value, headers=headers) is None:
@@ -177,7 +130,7 @@ class Delivery:
         room, limit = self._rooms.get(part.place), self._layout.limits.get(part.place[0])
         return (room is not None and len(part.positions) >= room) or (limit is not None and part.batch.size() >= limit)
 
-    async def _send(self, parts: list[Part]) -> list[Part]:
+    async def send(self, parts: list[Part]) -> list[Part]:
         """Hand over in order; stops at a producer that is spent. Answers those handed over."""
         handed: list[Part] = []
         try:
@@ -224,9 +177,3 @@ class Delivery:
         if trouble is not None:
             raise trouble
         return again
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """So that an answer nobody waits for any more is not reported as forgotten."""
-    with suppress(asyncio.CancelledError):
-        future.exception()

@@ -8,6 +8,7 @@ from enum import Enum
 from aiokafka import errors
 
 from broker.extend.sink import Fatal, NotConnected
+from sinks._kafka_tokens import TokenMissing, TokenRefused
 
 
 class Verdict(Enum):
@@ -82,6 +83,10 @@ def describe(error: BaseException) -> str:
 
 def refusal(server: str, error: BaseException) -> NotConnected | Fatal:
     """Why a connection to `server` could not be made."""
+    if isinstance(error, TokenRefused):
+        return Fatal(f"no token for Kafka (`sasl`): {error.args[0]}")
+    if isinstance(error, TokenMissing):
+        return NotConnected(f"no token for Kafka (`sasl`): {error.args[0]}")
     if isinstance(error, _CREDENTIALS):
         return Fatal(f"Kafka at {server} refuses our credentials (`sasl`): {describe(error)}")
     if isinstance(error, ssl.SSLCertVerificationError):

@@ -46,6 +46,8 @@ class Partitioner:
     """Chooses partitions by one strategy; a record without a key goes round."""
 
     def __init__(self, strategy: Strategy | int) -> None:
+        self.keyed = strategy == "key"
+        """Whether records with the same key go to the same partition of a topic."""
         self._strategy = strategy
         self._turn = count()
 

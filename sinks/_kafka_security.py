@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
-from pathlib import Path
 from typing import Any, Literal
 
 from aiokafka.abc import AbstractTokenProvider
@@ -12,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from broker.config.types import ConfigPath, Secret
 from broker.extend.sink import Fatal
+from sinks._kafka_tokens import Granted, TokenServer, Written
 
 
 class Sasl(BaseModel):
@@ -29,12 +28,15 @@ class Sasl(BaseModel):
     """The bearer token of `oauthbearer`."""
     token_file: ConfigPath | None = None
     """Instead of `token`: a file with the token, read for every connection, so that it may be renewed."""
+    token_from: TokenServer | None = None
+    """Instead of `token`: the OAuth 2 server that grants one, `{ url = "https://…", client_id = "…", client_secret =
+    "${file:…}" }`. Needs `pip install 'isthmus[http]'`."""
 
     @model_validator(mode="after")
     def _complete(self) -> Sasl:
         if self.mechanism == "oauthbearer":
-            if bool(self.token) == (self.token_file is not None):
-                raise ValueError("oauthbearer needs either token or token_file")
+            if [bool(self.token), self.token_file is not None, self.token_from is not None].count(True) != 1:
+                raise ValueError("oauthbearer needs either token, token_file or token_from")
         elif not self.username or not self.password:
             raise ValueError(f"{self.mechanism} needs username and password")
         return self
@@ -70,18 +72,14 @@ class Tls(BaseModel):
         return context
 
 
-class _Token(AbstractTokenProvider):  # type: ignore[misc]
-    def __init__(self, token: Secret, file: Path | None) -> None:
-        self._token = token
-        self._file = file
-
-    async def token(self) -> str:
-        if self._file is None:
-            return self._token.reveal()
-        return (await asyncio.to_thread(self._file.read_text)).strip()
+def token_provider(sasl: Sasl | None) -> AbstractTokenProvider | None:
+    """What hands out the tokens of `oauthbearer`, and remembers those that were granted."""
+    if sasl is None or sasl.mechanism != "oauthbearer":
+        return None
+    return Granted(sasl.token_from) if sasl.token_from is not None else Written(sasl.token, sasl.token_file)
 
 
-def driver_options(sasl: Sasl | None, tls: Tls | None) -> dict[str, Any]:
+def driver_options(sasl: Sasl | None, tls: Tls | None, tokens: AbstractTokenProvider | None) -> dict[str, Any]:
     """What the driver wants to be told. Fatal names a file that cannot be used."""
     options: dict[str, Any] = {"security_protocol": "PLAINTEXT"}
     if tls is not None:
@@ -89,8 +87,8 @@ def driver_options(sasl: Sasl | None, tls: Tls | None) -> dict[str, Any]:
     if sasl is not None:
         options["security_protocol"] = "SASL_PLAINTEXT" if tls is None else "SASL_SSL"
         options["sasl_mechanism"] = sasl.mechanism.upper()
-        if sasl.mechanism == "oauthbearer":
-            options["sasl_oauth_token_provider"] = _Token(sasl.token, sasl.token_file)
+        if tokens is not None:
+            options["sasl_oauth_token_provider"] = tokens
         else:
             options["sasl_plain_username"] = sasl.username
             options["sasl_plain_password"] = sasl.password.reveal()

@@ -13,11 +13,15 @@ from broker.extend.record import RecordTemplate
 from broker.extend.registry import Backend
 from broker.extend.sink import BatchFailed, Record, SinkConfig
 from sinks._kafka_client import Cluster
-from sinks._kafka_delivery import Delivery, Part
+from sinks._kafka_delivery import Delivery
 from sinks._kafka_layout import Layout, Strategy
+from sinks._kafka_notes import Notes
+from sinks._kafka_part import Part
 from sinks._kafka_security import Sasl, Tls
+from sinks._kafka_transactions import Transactions
 
 _MOST_UNSETTLED = 262_144
+_MOST_NOTED = 20_000
 
 
 class KafkaConfig(SinkConfig):
@@ -46,6 +50,13 @@ class KafkaConfig(SinkConfig):
     max_batch_bytes: Size | None = Field(default=None, ge=1024, le=1 << 30)
     """Bytes of one batch for one partition before compression; 896 KB uncompressed, 2 MB compressed if not given.
     A topic that takes less is found out."""
+    transactional_id: str = Field(default="", max_length=249)
+    """Makes each batch a transaction under this name, which no other sink of any broker may have: who reads only what
+    is committed gets each record once, also after a crash. Wants `lanes = 1` and the topic `progress_topic`."""
+    progress_topic: str = Field(default="isthmus-progress", pattern=r"^[A-Za-z0-9._-]{1,249}$")
+    """Topic in which transactions note what is stored; make it with one partition and `cleanup.policy=compact`."""
+    transaction_timeout: Duration = Field(default=60.0, ge=1, le=900)
+    """Seconds after which the cluster aborts a transaction whose sink has vanished; readers may have to wait for it."""
     sasl: Sasl | None = None
     """Who we are: `{ mechanism = "scram-sha-512", username = "…", password = "${file:…}" }`."""
     tls: bool | Tls = False
@@ -59,6 +70,14 @@ class KafkaConfig(SinkConfig):
             raise ValueError("a topic with placeholders needs allowed_topics: a publisher could name any topic")
         if not self.topic.names and not self.topic.literal:
             raise ValueError("topic must not be empty")
+        return self
+
+    @model_validator(mode="after")
+    def _transactions_are_small_and_in_order(self) -> KafkaConfig:
+        if self.transactional_id and self.lanes != 1:
+            raise ValueError("transactional_id needs lanes = 1: a transaction holds one batch")
+        if self.transactional_id and self.batch.max_records > _MOST_NOTED:
+            raise ValueError(f"transactional_id needs batch.max_records of {_MOST_NOTED} at most: they are all noted")
         return self
 
 
@@ -77,7 +96,8 @@ class Kafka:
         self._cluster = Cluster(
             [str(server) for server in config.servers], config.sasl, tls, config.request_timeout,
             client_id=f"isthmus-{config.name}", max_batch_size=limit,
-            compression_type=None if none else config.compression,
+            compression_type=None if none else config.compression, transactional_id=config.transactional_id or None,
+            transaction_timeout_ms=int(config.transaction_timeout * 1000),
         )  # fmt: skip
         self._layout = Layout(
             topic=config.topic, allowed=config.allowed_topics, key=config.key, value=config.value,
@@ -85,8 +105,17 @@ class Kafka:
         )  # fmt: skip
         self._timeout = config.request_timeout
         self._unsettled: dict[str | int, Part] = {}
+        self._transactions: Transactions | None = None
+        self._topics = [config.topic.literal] if config.topic.literal is not None else []
+        if config.transactional_id:
+            notes = Notes(self._cluster, config.progress_topic, config.transactional_id, config.request_timeout)
+            self._transactions = Transactions(self._cluster, self._layout, notes, config.request_timeout)
+            self._topics.append(config.progress_topic)
 
     async def write(self, batch: Sequence[Record]) -> None:
+        if self._transactions is not None:
+            await self._transactions.write(batch)
+            return
         delivery = Delivery(self._cluster, self._layout, batch, self._timeout)
         try:
             todo = await self._resume(delivery) if self._unsettled else range(len(batch))
@@ -101,7 +130,7 @@ class Kafka:
             raise BatchFailed(delivery.failed)
 
     async def check(self) -> None:
-        await self._cluster.check(self._layout.topic)
+        await self._cluster.check(*self._topics)
 
     async def close(self) -> None:
         await self._cluster.close()

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 RESERVED = "isthmus/"
 """Client ids of workers: ``isthmus/<instance>/<lane>``; only the internal listener lets them in."""
+OWN_TOPICS = frozenset(("$SYS", "$dlq", "$events"))
+"""First levels that need a rule of their own, whatever `no_match` says."""
 HELD_BACK = 1.0
 """Seconds for which nothing is handled of a client that tries too often what is denied."""
 COMPILED = 4_096
@@ -368,12 +370,16 @@ class AccessGate:
             return 0
         parts = topic.split("/")
         if packets:
-            return allowed(principal.sources, action, topic, parts, principal, packets, self._no_match)
+            return allowed(principal.sources, action, topic, parts, principal, packets, self._unless_system(topic))
         for rules in principal.sources:
             found = rules.find(action, topic, parts, principal)
             if found is not None:
                 return int(found.allow)
-        return self._no_match
+        return self._unless_system(topic)
+
+    def _unless_system(self, topic: str) -> int:
+        """`no_match`, which is not about the broker's own topics: they tell of what others did and published."""
+        return 0 if topic[:1] == "$" and topic.partition("/")[0] in OWN_TOPICS else self._no_match
 
     # for the application --------------------------------------------------------------------------------------------
 

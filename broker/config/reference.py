@@ -152,7 +152,12 @@ def _contents() -> str:
 
 def _section(name: str) -> str:
     model = SECTIONS[name]
-    return "\n".join([f"## {name}", "", _sentence(model), "", *_table(rows(model)), ""])
+    lines = [f"## {name}", "", _sentence(model), "", *_table(rows(model)), ""]
+    for path in fragments():
+        text = path.read_text("utf-8")
+        if set(tomllib.loads(text)) == {name}:
+            lines += _shown(path.name, text)
+    return "\n".join(lines)
 
 
 def _room(room: str, shown: dict[str, str]) -> Iterator[str]:
@@ -193,10 +198,14 @@ def _kind(room: str, kind: str, shown: dict[str, str]) -> str:
     for path in examples(room, kind):
         place = shown.setdefault(path.name, f"{room}.{kind}")
         if place == f"{room}.{kind}":
-            lines += [f"`conf.d/{path.name}`:", "", "```toml", path.read_text("utf-8").rstrip(), "```", ""]
+            lines += _shown(path.name, path.read_text("utf-8"))
         else:
             lines += [f"`conf.d/{path.name}` stands under [{place}](#{place.replace('.', '')}).", ""]
     return "\n".join(lines)
+
+
+def _shown(name: str, fragment: str) -> list[str]:
+    return [f"`conf.d/{name}`:", "", "```toml", fragment.rstrip(), "```", ""]
 
 
 def _same(field: FieldInfo, common: FieldInfo | None) -> bool:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from broker.config import consistency, fingerprint, fragments, suggest, validation
 from broker.config.fragments import Tree
 from broker.config.listeners import KINDS, ListenerConfig
-from broker.config.models import AccessConfig, BrokerConfig, LimitsConfig, StoreConfig, WorkersConfig
+from broker.config.models import AccessConfig, BrokerConfig, EventsConfig, LimitsConfig, StoreConfig, WorkersConfig
 from broker.config.problems import ConfigError, Key, arrange, line, spell
 from broker.config.secrets import Substitution
 from broker.config.show import Item, items
@@ -27,6 +27,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "limits": LimitsConfig,
     "store": StoreConfig,
     "workers": WorkersConfig,
+    "events": EventsConfig,
 }
 ROOMS = ("auth", "sinks", "bridges")
 
@@ -64,6 +65,7 @@ class Settings:
     limits: LimitsConfig
     store: StoreConfig
     workers: WorkersConfig
+    events: EventsConfig
     listeners: dict[str, ListenerConfig] = field(default_factory=dict)
     auth: dict[str, Instance] = field(default_factory=dict)
     sinks: dict[str, Instance] = field(default_factory=dict)
@@ -172,6 +174,7 @@ class _Loader:
             limits=self._section(LimitsConfig, "limits"),
             store=self._section(StoreConfig, "store"),
             workers=self._section(WorkersConfig, "workers"),
+            events=self._section(EventsConfig, "events"),
             listeners=self._listeners(),
             auth=self._instances("auth"),
             sinks=self._instances("sinks"),

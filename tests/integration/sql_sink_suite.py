@@ -464,6 +464,8 @@ class SqlSinkSuite:
     def isthmus(self, tmp_path: Path) -> Iterator[Broker]:
         running = Broker(tmp_path)
         running.write("00-test.toml", '[access]\nallow_anonymous = true\nno_match = "allow"\n' + BASE)
+        rule = '[[auth.anybody.rules]]\npermission = "allow"\naction = "subscribe"\ntopics = ["$dlq/#"]\n'
+        running.write("20-rule.toml", '[auth.anybody]\nkind = "static"\n' + rule)
         yield running
         with contextlib.suppress(RuntimeError):
             running.process.kill()

@@ -27,6 +27,12 @@ data = "data"
 [access]
 allow_anonymous = true
 no_match = "allow"
+[auth.anybody]
+kind = "static"
+[[auth.anybody.rules]]
+permission = "allow"
+action = "subscribe"
+topics = ["$dlq/#"]
 [listeners.tcp]
 bind = "127.0.0.1:0"
 [sinks.store]

@@ -213,6 +213,7 @@ def test_config_schema_is_json_schema_of_every_section(invoke: Invoke) -> None:
         "limits",
         "store",
         "workers",
+        "events",
         "listeners",
         "auth",
         "sinks",

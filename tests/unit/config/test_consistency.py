@@ -280,7 +280,7 @@ def test_a_difference_names_what_a_reload_would_touch(load: Load, conf: Path) ->
         ["listeners.tcp", "sinks.sqlite"],
         ["limits"],
     )
-    assert change.unchanged == ["access", "auth.ldap", "broker", "store", "workers"]
+    assert change.unchanged == ["access", "auth.ldap", "broker", "events", "store", "workers"]
     assert diff(new, load()).empty
 
 

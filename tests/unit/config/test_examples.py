@@ -68,7 +68,8 @@ def test_every_shipped_fragment_loads_beside_those_of_a_new_installation(put: Pu
     settings = load(put("00-broker.toml", "10-accounts.toml", name, *needed))
     assert settings.warnings == []
     files = {instance.origin.partition(":")[0] for room in ROOMS for instance in getattr(settings, room).values()}
-    assert f"conf.d/{name}" in files or name.startswith(("00-", "05-"))
+    assert f"conf.d/{name}" in files or name.startswith(("00-", "05-", "50-"))
+    assert settings.events.publish or not name.startswith("50-")
 
 
 def test_all_fragments_load_together(put: Put) -> None:
