@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 MODE = os.environ.get("ISTHMUS_COMPILE", "try")
 DIRECTIVES = {
     "language_level": 3,
-    "boundscheck": True,  # peers and disks lie about lengths; what is hot goes through pointers, behind checks of its own
+    "boundscheck": True,  # lengths may lie; what is hot goes through pointers, behind checks of its own
     "wraparound": True,  # `parts[-1]` stays what it says
     "annotation_typing": False,  # types come from the .pxd alone
     "initializedcheck": False,

@@ -17,6 +17,7 @@ from broker.config.types import Secret
 from broker.connectors.endpoint import Trust
 from broker.connectors.http import Answer as HttpAnswer
 from broker.connectors.http import HttpPool, check_header, check_url
+from broker.connectors.outbound import WebService
 from broker.extend.auth import Answer, AuthConfig, BackendUnavailable, Client, Grant, Refusal, Rule, Verdict, note
 from broker.extend.registry import Backend
 
@@ -26,7 +27,7 @@ MAX_VALUE = 4_000
 _PLACEHOLDERS = ("username", "clientid", "peerhost", "cert_common_name", "cert_subject")
 
 
-class HttpConfig(Trust, AuthConfig):
+class HttpConfig(WebService, AuthConfig):
     """`[auth.http]`"""
 
     url: str

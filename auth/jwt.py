@@ -20,8 +20,8 @@ from auth._acl import TooManyRules, claim_rules, groups_of, truth
 from auth._jwks import Keys, RemoteKeys, VerifyKey, read_jwks, read_pem, read_secret
 from broker.config.template import MissingValue, Template
 from broker.config.types import ConfigPath, Duration, Secret, Size
-from broker.connectors.endpoint import Trust
 from broker.connectors.http import HttpPool, check_url
+from broker.connectors.outbound import WebService
 from broker.extend.auth import Answer, AuthConfig, Client, Grant, Refusal, Rule, Verdict, note
 from broker.extend.registry import Backend
 
@@ -37,7 +37,7 @@ _ALGORITHMS = frozenset(f"{family}{bits}" for family in ("HS", "RS", "PS", "ES")
 _COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
-class JwtConfig(Trust, AuthConfig):
+class JwtConfig(WebService, AuthConfig):
     """`[auth.jwt]`"""
 
     secret: Secret = Secret()

@@ -13,6 +13,7 @@ from broker.config.template import Placeholder, Template
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _INTEGERS = {"ts", "qos", "retain"}
 _ANY_TYPE = {"payload", "correlation_data"}  # stored as what it is: TEXT, BLOB, INTEGER, REAL
+_PLAIN: set[type] = {str, int, float, bool, type(None)}
 _POISON = {sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
 
 
@@ -38,14 +39,20 @@ def declare(name: str, template: Template, key: bool) -> str:
     return f'"{name}" {kind}'.strip() + (" PRIMARY KEY" if key else "")
 
 
-def cell(value: Any) -> Any:
+class Value:
     """Text where the bytes are UTF-8, a BLOB where they are not; lists and objects as JSON."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError:
-            return value
-    return orjson.dumps(value).decode() if isinstance(value, dict | list) else value
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, bytes):
+            try:
+                return value.decode()
+            except UnicodeDecodeError:
+                return value
+        return orjson.dumps(value).decode() if isinstance(value, dict | list) else value
+
+    def fits(self, kinds: set[type], values: list[Any]) -> bool:
+        """Whether all of these are what they would be converted to."""
+        return kinds <= _PLAIN
 
 
 def is_poison(error: Exception) -> bool:

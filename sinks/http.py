@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 
 from broker.config.template import Template
 from broker.config.types import MASK, Duration, Secret
-from broker.connectors.endpoint import Trust
 from broker.connectors.http import Answer, HttpPool, check_header
+from broker.connectors.outbound import WebService
 from broker.extend.auth import BackendUnavailable
 from broker.extend.record import RecordTemplate, compile_template
 from broker.extend.registry import Backend
@@ -27,7 +27,7 @@ _SHOWN, _LONG = 300, 6  # characters: of an answer that are shown, of a word tha
 _CREDENTIALS = frozenset({401, 403, 407})
 
 
-class HttpConfig(Trust, SinkConfig):
+class HttpConfig(WebService, SinkConfig):
     """`[sinks.http]`"""
 
     url: str

@@ -12,6 +12,7 @@ from broker.config.template import Template
 from broker.connectors import sql_values as to
 from broker.connectors.mysql import BROKEN, GONE, MySqlPool, MySqlServer, describe, say
 from broker.connectors.sql import Link, Lost
+from broker.connectors.sql_rows import Cell, Row
 from broker.connectors.sql_sink import Poison, TableConfig, TableSink, choose_key
 from broker.extend.auth import BackendUnavailable
 from broker.extend.registry import Backend
@@ -54,7 +55,7 @@ class Mysql(TableSink):
         self._again = ""
         self._largest = 1 << 20
 
-    async def _plan(self, link: Any, explain: bool) -> list[to.Cell]:
+    async def _plan(self, link: Any, explain: bool) -> list[Cell]:
         config = self._config
         try:
             found, unique, other = await describe(link, self._schema, self._name)
@@ -72,7 +73,7 @@ class Mysql(TableSink):
             raise self._sorted(error, link, 0) from None
         return cells
 
-    def _cells_of(self, found: dict[str, Any]) -> list[to.Cell]:
+    def _cells_of(self, found: dict[str, Any]) -> list[Cell]:
         table = self._config.table
         if not found:
             raise Fatal(f"there is no table {table}, or it is not ours to see")
@@ -84,7 +85,7 @@ class Mysql(TableSink):
             if "GENERATED" in extra.upper() and "DEFAULT_GENERATED" not in extra.upper():
                 raise Fatal(f"the database itself makes the values of column {name} of table {table}")
             required = nullable == "NO" and "auto_increment" not in extra
-            cells.append(to.Cell(name, template, _converter(kind, whole_type, template), required))
+            cells.append(Cell(name, template, _converter(kind, whole_type, template), required))
         return cells
 
     def _on_conflict(self) -> str:
@@ -104,7 +105,7 @@ class Mysql(TableSink):
         names = ", ".join(map(_quoted, self._names))
         return f"INSERT INTO {self._table} ({names}) VALUES {', '.join([row] * count)}{self._again}"
 
-    async def _put(self, link: Any, rows: Sequence[to.Row]) -> None:
+    async def _put(self, link: Any, rows: Sequence[Row]) -> None:
         parts = list(self._parts(rows))
         start = 0
         try:
@@ -125,7 +126,7 @@ class Mysql(TableSink):
         except (errors.MySQLError, *BROKEN) as error:
             raise self._sorted(error, link, start) from None
 
-    def _parts(self, rows: Sequence[to.Row]) -> Iterator[Sequence[to.Row]]:
+    def _parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Parts of as many rows as there are statements for, each below the server's largest packet."""
         sizes = [size for size in _SIZES if size * len(self._names) <= _MOST_VALUES]
         lengths = [sum(map(_length, row)) for row in rows]
@@ -140,7 +141,7 @@ class Mysql(TableSink):
             yield rows[start : start + size]
             start += size
 
-    async def _must_be_there(self, link: Any, part: Sequence[to.Row], start: int) -> None:
+    async def _must_be_there(self, link: Any, part: Sequence[Row], start: int) -> None:
         """Poison for a row whose key is not in the table: another unique index refused it, silently."""
         places = [self._names.index(name) for name in self._key]
         test = " AND ".join(f"{_quoted(name)} = ?" for name in self._key)
@@ -166,12 +167,17 @@ class Mysql(TableSink):
 def _converter(kind: str, whole_type: str, template: Template) -> to.Convert:
     if bits := _WHOLE.get(kind):
         half = 1 << (bits - 1)
-        return to.whole(0, 2 * half - 1) if "unsigned" in whole_type else to.whole(-half, half - 1)
+        return to.Whole(0, 2 * half - 1) if "unsigned" in whole_type else to.Whole(-half, half - 1)
     if kind in _BINARY:
         return to.packed_hex if template.text == "${msgid}" else to.binary
     if kind == "json" and not to.is_json_text(template):
         return to.json_value
-    known = {"float": to.real(3.4e38), "double": to.real(), "decimal": to.decimal_text, "date": to.day_text}
+    known: dict[str, to.Convert] = {
+        "float": to.Real(3.4e38),
+        "double": to.Real(),
+        "decimal": to.decimal_text,
+        "date": to.day_text,
+    }
     return known.get(kind) or (to.moment_text if kind in ("datetime", "timestamp") else to.text)
 
 

@@ -13,6 +13,7 @@ from pydantic import model_validator
 from broker.connectors import sql_values as to
 from broker.connectors.postgresql import GONE, REMADE, PostgresPool, PostgresServer, describe, say
 from broker.connectors.sql import Link, Lost
+from broker.connectors.sql_rows import Cell, Row
 from broker.connectors.sql_sink import Poison, TableConfig, TableSink, choose_key
 from broker.extend.auth import BackendUnavailable
 from broker.extend.registry import Backend
@@ -27,11 +28,11 @@ _ELSEWHERE = ("25006", "57P01", "57P02", "57P03", "57P05", "08")  # a standby af
 _LINE = re.compile(r"COPY [^\n]*, line ([0-9]+)")
 
 _TYPES: dict[str, tuple[str, to.Convert]] = {
-    "int2": ("int2", to.whole(-(1 << 15), (1 << 15) - 1)),
-    "int4": ("int4", to.whole(-(1 << 31), (1 << 31) - 1)),
-    "int8": ("int8", to.whole(-(1 << 63), (1 << 63) - 1)),
-    "float4": ("float4", to.real(3.4e38)),
-    "float8": ("float8", to.real()),
+    "int2": ("int2", to.Whole(-(1 << 15), (1 << 15) - 1)),
+    "int4": ("int4", to.Whole(-(1 << 31), (1 << 31) - 1)),
+    "int8": ("int8", to.Whole(-(1 << 63), (1 << 63) - 1)),
+    "float4": ("float4", to.Real(3.4e38)),
+    "float8": ("float8", to.Real()),
     "numeric": ("numeric", to.decimal),
     "bool": ("bool", to.boolean),
     "text": ("text", to.text_without_nul),
@@ -77,7 +78,7 @@ class Postgresql(TableSink):
         self._key: list[int] = []
         self._straight, self._conflicts = False, 0
 
-    async def _plan(self, link: Link, explain: bool) -> list[to.Cell]:
+    async def _plan(self, link: Link, explain: bool) -> list[Cell]:
         config = self._config
         try:
             found, unique = await describe(link.driver, self._table)
@@ -101,7 +102,7 @@ class Postgresql(TableSink):
             raise self._sorted(error, link) from None
         return cells
 
-    def _columns(self, found: dict[str, Any]) -> tuple[list[to.Cell], list[str], list[str]]:
+    def _columns(self, found: dict[str, Any]) -> tuple[list[Cell], list[str], list[str]]:
         """What makes the values, what they are sent as, how they are cast."""
         table = self._config.table
         if not found:
@@ -120,7 +121,7 @@ class Postgresql(TableSink):
                 convert = to.json_value
             elif base == "bytea" and template.text == "${msgid}":
                 convert = to.packed_hex
-            cells.append(to.Cell(name, template, convert, required))
+            cells.append(Cell(name, template, convert, required))
             sent.append(kind or "text")
             chosen.append(_quoted(name) if kind else f"{_quoted(name)}::{shown}")
         return cells, sent, chosen
@@ -134,7 +135,7 @@ class Postgresql(TableSink):
             return f" ON CONFLICT{target} DO NOTHING"
         return f" ON CONFLICT{target} DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in rest)}"
 
-    async def _put(self, link: Link, rows: Sequence[to.Row]) -> None:
+    async def _put(self, link: Link, rows: Sequence[Row]) -> None:
         if self._key:  # one statement must not touch a row twice: the last one wins
             rows = list({tuple([row[i] for i in self._key]): row for row in rows}.values())
         mode = self._config.mode
@@ -149,10 +150,10 @@ class Postgresql(TableSink):
         except (exceptions.PostgresError, *GONE) as error:
             raise self._sorted(error, link) from None
 
-    async def _copy(self, driver: Any, rows: Sequence[to.Row]) -> None:
+    async def _copy(self, driver: Any, rows: Sequence[Row]) -> None:
         await driver.copy_records_to_table(self._name, records=rows, columns=self._names, schema_name=self._schema)
 
-    async def _copied(self, driver: Any, rows: Sequence[to.Row]) -> bool:
+    async def _copied(self, driver: Any, rows: Sequence[Row]) -> bool:
         """False when a row is there already, or COPY cannot write into this table: nothing is stored then."""
         try:
             await self._copy(driver, rows)
@@ -166,7 +167,7 @@ class Postgresql(TableSink):
             return True
         return False
 
-    async def _stage(self, driver: Any, rows: Sequence[to.Row]) -> None:
+    async def _stage(self, driver: Any, rows: Sequence[Row]) -> None:
         await driver.execute(self._begin)
         try:
             await driver.copy_records_to_table(self._staging, records=rows, columns=self._names)

@@ -114,7 +114,7 @@ class Redis:
 
     async def _send(self, commands: Sequence[redis.Command]) -> list[Any]:
         try:
-            return await self._pool.pipeline(commands) if commands else []
+            return await self._pool.store(commands) if commands else []
         except redis.Rejected as error:
             raise Fatal(str(error)) from None
         except BackendUnavailable as error:

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from broker.config.template import Template
 from broker.config.types import ConfigPath, Duration
-from broker.extend.record import RecordTemplate, Render, compile_template
+from broker.connectors.sql_rows import Cell, Row, rows
+from broker.extend.record import RecordTemplate
 from broker.extend.registry import Backend
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record, SinkConfig
-from sinks._sqlite_table import cell, declare, identifier, insert, is_poison
+from sinks._sqlite_retention import Retention, Trimmer
+from sinks._sqlite_table import Value, declare, identifier, insert, is_poison
 
 _CLOSE_WITHIN = 4.0
 
@@ -26,8 +27,6 @@ _LATER = {
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
     sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_SCHEMA,
 }  # fmt: skip
-
-Row = tuple[Any, ...]
 
 
 class SqliteConfig(SinkConfig):
@@ -49,6 +48,8 @@ class SqliteConfig(SinkConfig):
     delivered twice is stored once. Without one, it may be stored twice."""
     busy_timeout: Duration = 5.0
     """Seconds to wait for another process that is writing to the file."""
+    retention: Retention = Retention()
+    """Which rows are removed again: `{ max_age = "30d", max_bytes = "10GB" }`."""
 
     @field_validator("table")
     @classmethod
@@ -62,13 +63,20 @@ class SqliteConfig(SinkConfig):
             raise ValueError("two columns differ only in upper and lower case, which SQLite takes for the same")
         return columns
 
+    @model_validator(mode="after")
+    def _retention_fits(self) -> SqliteConfig:
+        Trimmer(self.table, self.columns, self.retention)
+        return self
+
 
 class Sqlite:
     """One connection in one thread. The file is opened by the first write and again after every failure."""
 
     def __init__(self, config: SqliteConfig) -> None:
         self._config = config
-        self._renders: list[Render] = [compile_template(template) for template in config.columns.values()]
+        value = Value()
+        self._cells = [Cell(name, template, value, False) for name, template in config.columns.items()]
+        self._trimmer = Trimmer(config.table, config.columns, config.retention)
         self._key = next((name for name, template in config.columns.items() if template.text == "${msgid}"), None)
         self._insert = insert(config.table, list(config.columns), self._key)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite-{config.name}")
@@ -98,17 +106,12 @@ class Sqlite:
     # in the thread
 
     def _write(self, batch: Sequence[Record]) -> None:
-        failed: dict[int, str] = {}
-        rows: dict[int, Row] = {}
-        for position, record in enumerate(batch):
-            try:
-                rows[position] = tuple(cell(render(record)) for render in self._renders)
-            except (TypeError, ValueError) as error:
-                failed[position] = f"cannot be rendered: {error}"
+        positions, ready, failed = rows(self._cells, batch)
         try:
             db = self._current() or self._open()
             db.execute("BEGIN IMMEDIATE")
-            failed |= self._store(db, rows)
+            failed |= self._store(db, positions, ready)
+            self._trimmer.trim(db, len(ready))
             db.execute("COMMIT")
         except sqlite3.Error as error:
             self._forget()
@@ -119,10 +122,10 @@ class Sqlite:
         if failed:
             raise BatchFailed(failed)
 
-    def _store(self, db: sqlite3.Connection, rows: dict[int, Row]) -> dict[int, str]:
+    def _store(self, db: sqlite3.Connection, positions: list[int], ready: list[Row]) -> dict[int, str]:
         """All at once; one by one when a row is refused, so that the others are stored. Answers the refused ones."""
         try:
-            db.executemany(self._insert, rows.values())
+            db.executemany(self._insert, ready)
             return {}
         except Exception as error:
             if not is_poison(error):
@@ -130,7 +133,7 @@ class Sqlite:
         db.execute("ROLLBACK")
         db.execute("BEGIN IMMEDIATE")
         refused = {}
-        for position, row in rows.items():
+        for position, row in zip(positions, ready, strict=True):
             try:
                 db.execute(self._insert, row)
             except Exception as error:
@@ -153,6 +156,7 @@ class Sqlite:
             raise NotConnected(f"cannot create the folder of {path}: {error}") from error
         db = self._connect(f"{path.as_uri()}?mode=rwc")
         self._db = db
+        self._trimmer.prepare(db)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
         columns = ", ".join(declare(name, t, name == self._key) for name, t in self._config.columns.items())
@@ -193,7 +197,8 @@ class Sqlite:
         if there and missing:
             raise Fatal(f"table {table} in {self._config.path} has no column {missing[0]}: add it or change `columns`")
         if there:
-            db.execute(f"EXPLAIN {self._insert}", (None,) * len(self._renders))
+            db.execute(f"EXPLAIN {self._insert}", (None,) * len(self._cells))
+            self._trimmer.verify(db)
 
     def _forget(self) -> None:
         db, self._db = self._db, None

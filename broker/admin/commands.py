@@ -99,15 +99,15 @@ class Commands:
             "lost": self._broker.journal.lost,
         }
 
-    async def reload(self) -> dict[str, list[str]]:
-        """Read conf.d again."""
+    async def reload(self) -> dict[str, Any]:
+        """Read conf.d again. `orphans`: messages kept of instances that are gone, by name."""
         try:
             change = await self._broker.reload()
         except ConfigError as error:
             raise CommandFailed("\n".join(error.problems), exit=2) from None
         except ReloadRefused as error:
             raise CommandFailed(str(error), exit=2) from None
-        orphans = [q["name"] for q in self._queues() if q["orphan"]]
+        orphans = {q["name"]: q["queued"] for q in self._queues() if q["orphan"]}
         return {
             "added": change.added,
             "removed": change.removed,

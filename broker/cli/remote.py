@@ -22,8 +22,9 @@ def reload(as_json: bool) -> int:
         return DONE
     for word in ("added", "removed", "changed", "unchanged"):
         click.echo(f"{word}: {' '.join(answer.get(word, ()))}".rstrip())
-    for name in answer.get("orphans", ()):
-        click.echo(f"orphan: the queue of {name} is kept; isthmus queues drop {name} deletes it", err=True)
+    for name, queued in answer.get("orphans", {}).items():
+        kept = f"{queued} messages of {name} are kept"
+        click.echo(f"orphan: {kept}; isthmus queues drop {name} deletes them", err=True)
     return DONE
 
 

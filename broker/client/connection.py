@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from broker.client.address import parse
+from broker.client.delivery import decode_delivery
 from broker.client.errors import BrokenPeer, Disconnected, NoAnswer, Refused, Silent, TimedOut
 from broker.client.transport import Link, open_link
 from broker.mqtt import packets
@@ -50,6 +51,8 @@ class Handler:
     """The will of its connections, unless `connect` is given one."""
     clean_start: bool = False
     """Whether the session is begun anew even where `connect` was not asked to."""
+    brief: bool = False
+    """Whether a PUBLISH may come as a `Delivery`: for who trusts the broker and can read it."""
 
     def on_publish(self, conn: Connection, publish: Publish) -> None:
         """A message; QoS 1 and 2 wait for the handler's acknowledgement."""
@@ -96,6 +99,7 @@ class Connection(asyncio.Protocol):
         self._next_id = 65_536
         self._aliases: dict[int, bytes] = {}
         self._alias_maximum = 0
+        self._brief = handler.brief and version == V5
         self._keep_alive = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._received = self._sent = False
@@ -280,11 +284,18 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received = True
+        brief = self._brief
+        handler = self._handler
         try:
             for first, body in self._frames.feed(data):
+                if brief and self._open:
+                    delivery = decode_delivery(first, body)
+                    if delivery is not None:
+                        handler.on_publish(self, delivery)
+                        continue
                 self._on_packet(first, body)
             if self._open:
-                self._handler.on_batch_end(self)
+                handler.on_batch_end(self)
         except ProtocolError as error:
             self._break(BrokenPeer(f"the broker broke a rule of MQTT: {error}"), error.code)
         except Exception as error:

@@ -17,6 +17,7 @@ from yarl import URL
 
 from broker.config.types import Address
 from broker.connectors.endpoint import Trust
+from broker.connectors.outbound import Guard, WebService
 from broker.extend.auth import BackendUnavailable
 
 __all__ = ["Answer", "HttpPool", "check_header", "check_url"]
@@ -62,6 +63,7 @@ class HttpPool:
         self._whole = whole
         self._again = again
         self._context = service.context()
+        self._guard = _guard(service)
         self._size = size
         self._session: aiohttp.ClientSession | None = None
 
@@ -92,7 +94,9 @@ class HttpPool:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=self._size, ssl=self._context, keepalive_timeout=30)
+            connector = aiohttp.TCPConnector(
+                limit=self._size, ssl=self._context, keepalive_timeout=30, resolver=self._guard
+            )
             self._session = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False,
                 timeout=aiohttp.ClientTimeout(total=None), headers=_HEADERS, auto_decompress=False,
@@ -138,6 +142,7 @@ def check_url(text: str, service: Trust) -> str:
         raise ValueError("a URL here has neither user nor fragment; write a header Authorization instead")
     if re.search(r"[\x00-\x20\x7f]", text):
         raise ValueError(f"{text!r} holds a blank or a control character")
+    _guard(service).check(parts.hostname)
     if parts.scheme == "http" and not service.allow_cleartext:
         address = Address(parts.hostname, port or 80)
         if not address.loopback:
@@ -154,6 +159,10 @@ def check_header(name: str) -> None:
         raise ValueError(f"{name!r} is not the name of a header")
     if name.lower() in _UNUSED:
         raise ValueError(f"the header {name} is set by HTTP itself")
+
+
+def _guard(service: Trust) -> Guard:
+    return service.guard() if isinstance(service, WebService) else Guard()
 
 
 def _place(url: str) -> str:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -111,11 +111,18 @@ class RedisPool:
 
         Raises Rejected, or BackendUnavailable: then nobody knows which were carried out.
         """
+        return await self._together(commands, _pipeline)
+
+    async def store(self, commands: Sequence[Command]) -> list[Any]:
+        """`pipeline` for thousands of commands whose answers say little: they are given as they come."""
+        return await self._together(commands, _exchange)
+
+    async def _together(self, commands: Sequence[Command], way: _Way) -> list[Any]:
         try:
             async with asyncio.timeout(self._timeout), self._places:
                 if isinstance(self._client, _Cluster):
-                    return await self._client.execute_pipeline(commands)
-                return await _pipeline(self._client, commands)
+                    return await self._client.execute_pipeline(commands, way)
+                return await way(self._client, commands)
         except exceptions.AuthenticationError as error:
             raise Rejected(f"{self}: {_say(error)}") from None
         except (TimeoutError, exceptions.TimeoutError):
@@ -271,7 +278,7 @@ class _Cluster:
             place = await self._place(slot)
         raise exceptions.ClusterError("the key was sent around without end")
 
-    async def execute_pipeline(self, commands: Sequence[Command]) -> list[Any]:
+    async def execute_pipeline(self, commands: Sequence[Command], way: _Way) -> list[Any]:
         """As `RedisPool.pipeline`: each node gets its share at once, what has moved is sent after it one by one."""
         shares: dict[tuple[str, int], list[int]] = {}
         for position, command in enumerate(commands):
@@ -280,7 +287,7 @@ class _Cluster:
 
         async def ask(place: tuple[str, int], positions: list[int]) -> None:
             try:
-                found = await _pipeline(self._node(place), [commands[position] for position in positions])
+                found = await way(self._node(place), [commands[position] for position in positions])
             except exceptions.AuthenticationError:
                 raise
             except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
@@ -367,12 +374,40 @@ _QUIET = 10.0
 """Seconds without a message after which a listening connection is asked whether it is alive."""
 
 
+_Way = Callable[[Any, Sequence[Command]], Coroutine[Any, Any, list[Any]]]
+"""How commands are exchanged with one node."""
+
+
 async def _pipeline(client: Any, commands: Sequence[Command]) -> list[Any]:
     pipeline = client.pipeline(transaction=False)
     for command in commands:
         pipeline.execute_command(*command)
     answers: list[Any] = await pipeline.execute(raise_on_error=False)
     return answers
+
+
+async def _exchange(client: Any, commands: Sequence[Command]) -> list[Any]:
+    """As `_pipeline`, for a quarter of the driver's time, which looks at the clock for every answer."""
+    connection = await client.connection_pool.get_connection()
+    try:
+        await connection.send_packed_command([_packed(commands)])
+        read = connection._parser.read_response  # the public one sets a timer; our caller has one for all
+        return [await read() for _ in commands]
+    except BaseException:
+        await connection.disconnect(nowait=True)  # an answer under way is not the next caller's
+        raise
+    finally:
+        await client.connection_pool.release(connection)
+
+
+def _packed(commands: Sequence[Command]) -> bytes:
+    out: list[bytes] = []
+    for command in commands:
+        out.append(b"*%d\r\n" % len(command))
+        for part in command:
+            data = part.encode() if isinstance(part, str) else part
+            out.append(b"$%d\r\n%b\r\n" % (len(data), data))
+    return b"".join(out)
 
 
 def _slot(command: Sequence[str | bytes]) -> int:

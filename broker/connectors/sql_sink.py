@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from broker.config.template import Template
 from broker.config.types import Duration
 from broker.connectors.sql import Link, Rejected, SqlPool
-from broker.connectors.sql_values import Cell, Row, rows
+from broker.connectors.sql_rows import Cell, Row, rows
 from broker.extend.auth import BackendUnavailable
 from broker.extend.record import RecordTemplate
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record, SinkConfig
@@ -114,8 +114,7 @@ class TableSink:
     async def write(self, batch: Sequence[Record]) -> None:
         if self._cells is None:
             self._cells = await self._run(lambda link: self._plan(link, False))
-        made, failed = rows(self._cells, batch)
-        positions, ready = list(made), list(made.values())
+        positions, ready, failed = rows(self._cells, batch)
         for index, reason in (await self._store(ready)).items():
             failed[positions[index]] = f"{self._table_config.table}: {reason}"
         if failed:

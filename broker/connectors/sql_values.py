@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -14,17 +14,15 @@ from typing import Any
 import orjson
 
 from broker.config.template import Placeholder, Template
-from broker.extend.record import Render, compile_template, to_bytes, to_text
-from broker.extend.sink import Record
+from broker.extend.record import to_bytes, to_text
 
 Convert = Callable[[Any], Any]
-Row = tuple[Any, ...]
 
+_INTEGERS: set[type] = {int}
+_FLOATS: set[type] = {float}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _WHOLE = re.compile(r"[+-]?[0-9]{1,40}")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,5})?")
-_PLAIN = frozenset({"msgid", "clientid", "username", "topic", "peerhost", "node"})
-"""Texts that MQTT itself keeps free of U+0000: as they are, they are text for every column."""
 _YES = frozenset({"true", "t", "yes", "on", "1"})
 _NO = frozenset({"false", "f", "no", "off", "0"})
 
@@ -59,10 +57,14 @@ def packed_hex(value: Any) -> bytes | None:
     return None if value is None else bytes.fromhex(value)
 
 
-def whole(low: int, high: int) -> Convert:
+class Whole:
     """Whole numbers of a range; true and false are 1 and 0."""
 
-    def convert(value: Any) -> int | None:
+    def __init__(self, low: int, high: int) -> None:
+        self._low = low
+        self._high = high
+
+    def __call__(self, value: Any) -> int | None:
         if value is None:
             return None
         number = value
@@ -73,27 +75,34 @@ def whole(low: int, high: int) -> Convert:
             number = int(value)
         elif not isinstance(value, int):
             _wrong(value, "a whole number")
-        if not low <= number <= high:
-            raise ValueError(f"{number} is outside {low} … {high}")
+        if not self._low <= number <= self._high:
+            raise ValueError(f"{number} is outside {self._low} … {self._high}")
         return int(number)
 
-    return convert
+    def fits(self, kinds: set[type], values: list[Any]) -> bool:
+        """Whether all of these are what they would be converted to."""
+        return kinds == _INTEGERS and self._low <= min(values) and max(values) <= self._high
 
 
-def real(most: float = math.inf) -> Convert:
+class Real:
     """Floating point numbers up to `most`."""
 
-    def convert(value: Any) -> float | None:
-        if type(value) is float and -most <= value <= most:
+    def __init__(self, most: float = math.inf) -> None:
+        self._most = most
+
+    def __call__(self, value: Any) -> float | None:
+        if type(value) is float and -self._most <= value <= self._most:
             return value
         if value is None:
             return None
         number = float(_number(value))
-        if not -most <= number <= most or math.isinf(number):
+        if not -self._most <= number <= self._most or math.isinf(number):
             raise ValueError(f"{_short(value)} is too large a number")
         return number
 
-    return convert
+    def fits(self, kinds: set[type], values: list[Any]) -> bool:
+        """Whether all of these are what they would be converted to."""
+        return kinds == _FLOATS and -self._most <= min(values) and max(values) <= self._most
 
 
 def decimal(value: Any) -> Decimal | None:
@@ -171,56 +180,6 @@ def is_json_text(template: Template) -> bool:
     if len(template.segments) != 1 or not isinstance(template.segments[0], Placeholder):
         return True
     return template.segments[0].name in ("payload", ".")
-
-
-class Cell:
-    """One column: how its value comes out of a record. `get` raises ValueError, TypeError or OverflowError."""
-
-    __slots__ = ("get", "name")
-
-    def __init__(self, name: str, template: Template, convert: Convert, required: bool) -> None:
-        self.name = name
-        render = compile_template(template)
-        plain = convert in (text, text_without_nul) and len(template.segments) == 1 and template.names
-        self.get: Render
-        if required:
-            self.get = _required(render, convert, template)
-        elif plain and template.names[0] in _PLAIN:
-            self.get = render
-        else:
-            self.get = lambda record: convert(render(record))
-
-
-def _required(render: Render, convert: Convert, template: Template) -> Render:
-    def get(record: Record) -> Any:
-        value = render(record)
-        if value is None:
-            raise ValueError(f"must not be null, and {template.text} has no value")
-        return convert(value)
-
-    return get
-
-
-def rows(cells: list[Cell], records: Sequence[Record]) -> tuple[dict[int, Row], dict[int, str]]:
-    """Position -> row, and position -> why there is none."""
-    gets = [cell.get for cell in cells]
-    made: dict[int, Row] = {}
-    failed: dict[int, str] = {}
-    for position, record in enumerate(records):
-        try:
-            made[position] = tuple([get(record) for get in gets])
-        except (ValueError, TypeError, OverflowError):
-            failed[position] = _blame(cells, record)
-    return made, failed
-
-
-def _blame(cells: list[Cell], record: Record) -> str:
-    for cell in cells:
-        try:
-            cell.get(record)
-        except (ValueError, TypeError, OverflowError) as error:
-            return f"column {cell.name}: {error}"
-    return "cannot be rendered"
 
 
 def _words(value: str | bytes) -> str:

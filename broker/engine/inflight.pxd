@@ -28,4 +28,6 @@ cdef class Inflight:
     cpdef remove(self, int ident)
     cpdef attach(self, int ident, object ref)
     cpdef list entries(self)
+    @cython.locals(found=int, least=int, slot=int, age=int)
+    cpdef bytes first_body(self)
     cpdef _grow(self)

@@ -401,12 +401,11 @@ class Session(Receiver):
     def oldest_ms(self) -> int:
         """When the oldest unacknowledged message of an instance came, milliseconds since 1970; 0 when there is none."""
         inflight = self.inflight
-        if inflight is not None and inflight.count:
-            for entry in inflight.entries():
-                body = entry[3]
-                at = body.find(b'"t":') if body is not None else -1
-                if at >= 0:
-                    return int(body[at + 4 : body.find(b",", at)])
+        body = inflight.first_body() if inflight is not None and inflight.count else None
+        if body is not None:
+            at = body.find(b'"t":')
+            if at >= 0:
+                return int(body[at + 4 : body.find(b",", at)])
         queued = self.oldest_queued_ms()
         return self.core.wall_ms - (self.core.clock() - queued) if queued else 0
 

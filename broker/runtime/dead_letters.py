@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from broker.client.connection import Connection, Handler
+from broker.client.delivery import Delivery
 from broker.client.session import NotTaken, Publisher
 from broker.mqtt.packets import Publish
 from broker.mqtt.properties import Properties, encode_properties, user_property
@@ -93,7 +94,10 @@ class DeadLetters:
             ("topic", publish.topic.decode("utf-8", "replace")),
         ]
         theirs = publish.properties
-        metadata = next((v for k, v in (theirs and theirs.user_properties) or () if k == _METADATA), None)
+        if isinstance(publish, Delivery):
+            metadata: str | None = publish.metadata.decode("utf-8", "replace")
+        else:
+            metadata = next((v for k, v in (theirs and theirs.user_properties) or () if k == _METADATA), None)
         if metadata is not None:
             own.append(("metadata", metadata))
         ours = b"".join(user_property(k, v) for k, v in own)

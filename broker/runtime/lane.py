@@ -17,12 +17,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from broker.client.connection import Connection, Handler
-from broker.extend.record import record_from_publish
-from broker.extend.sink import Batch, Record
+from broker.extend.sink import Batch
 from broker.mqtt.packets import Publish
 from broker.runtime.backoff import Backoff, FullJitter
 from broker.runtime.dead_letters import Graveyard, Refused
 from broker.runtime.receipts import Receipts
+from broker.runtime.records import records
 from broker.runtime.state import Describer, State
 from broker.runtime.writer import Writer
 
@@ -63,7 +63,7 @@ class Lane(Handler):
         self._max_records = batch.max_records
         self._max_bytes = batch.max_bytes
         self._linger = batch.linger
-        self._trusted = trusted
+        self._trusted = self.brief = trusted
         self._in_order = in_order
         self._longest_wait = longest_wait
         self._describe = describe or Describer()
@@ -232,12 +232,13 @@ class Lane(Handler):
             size += more
             count += 1
         self._size -= size
-        self._waiting = waiting[count:]
-        return waiting[:count]
+        batch = waiting[:count]
+        del waiting[:count]  # the rest is moved, not copied
+        return batch
 
     async def _deliver(self, batch: list[Publish]) -> None:
         self._outstanding, self._epoch = batch, self._receipts.epoch
-        refused = await self.writer.write(self._records(batch))
+        refused = await self.writer.write(records(batch, self._trusted))
         if not refused:
             self._settle(batch, batch, 0)
             await self._recorded()
@@ -282,19 +283,3 @@ class Lane(Handler):
             else:
                 self.writer.recover()
                 return
-
-    def _records(self, batch: list[Publish]) -> list[Record]:
-        trusted = self._trusted
-        try:
-            return [record_from_publish(publish, trusted) for publish in batch]
-        except Exception:
-            return [self._record(publish) for publish in batch]
-
-    def _record(self, publish: Publish) -> Record:
-        """A record even of what cannot be read: metadata that nobody vouches for is left out."""
-        for trusted in (self._trusted, False):
-            try:
-                return record_from_publish(publish, trusted)
-            except Exception as error:
-                _log.warning("the metadata of a message cannot be read, it is passed on without: %s", error)
-        return Record(topic=publish.topic.decode("utf-8", "replace"), payload=publish.payload)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -343,3 +344,40 @@ async def test_an_empty_and_a_large_batch(http: Service) -> None:
     assert [json.loads(line)["payload"].encode() for line in seen.body.splitlines()] == [
         stamp("dev", n) for n in range(1, 5_001)
     ]
+
+
+@pytest.mark.parametrize(
+    ("url", "networks"),
+    [
+        ("http://169.254.169.254/latest", []), ("https://[fd00:ec2::254]/", []), ("https://[::ffff:169.254.1.1]/", []),
+        ("https://10.1.2.3/", ["10.2.0.0/16"]), ("http://127.0.0.1/", ["10.2.0.0/16"]),
+    ],
+)  # fmt: skip
+def test_s19_an_address_that_is_not_allowed_is_refused_with_the_configuration(url: str, networks: list[str]) -> None:
+    """S-19."""
+    with pytest.raises(ValidationError, match="no connection may go to"):
+        HttpConfig.model_validate({"filters": ["#"], "url": url, "networks": networks, "allow_cleartext": True})
+
+
+async def test_s19_a_name_that_means_a_forbidden_address_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S-19: it meant another one when the configuration was read; nobody asks twice between judging and connecting."""
+    asked: list[str] = []
+    meaning = "169.254.169.254"
+
+    def getaddrinfo(host: str, port: int, *more: Any, **keys: Any) -> list[Any]:
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (meaning, port))]
+
+    async with service(lambda request, body: web.Response(status=204)) as http:
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        raw = {"url": f"http://hooks.example.com:{http.port}/", "allow_cleartext": True}
+        async with opened(BACKEND, raw) as sink:
+            with pytest.raises(NotConnected, match="where no connection may go"):
+                await sink.write(records(1))
+            meaning = "127.0.0.1"
+            await sink.write(records(1))
+        async with opened(BACKEND, {**raw, "networks": ["10.0.0.0/8"]}) as sink:
+            with pytest.raises(NotConnected, match="where no connection may go"):
+                await sink.write(records(2))
+        assert len(http.seen) == 1
+        assert asked == ["hooks.example.com"] * 3

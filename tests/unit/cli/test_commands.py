@@ -258,11 +258,11 @@ def test_the_control_socket_lies_in_the_data_folder(invoke: Invoke, broker: Brok
 def test_reload_prints_four_lines(invoke: Invoke, broker: Broker) -> None:
     broker.answers["reload"] = {
         "added": ["sinks.kafka"], "removed": [], "changed": ["auth.ldap", "limits"], "unchanged": ["broker"],
-        "orphans": ["old"],
+        "orphans": {"old": 3},
     }  # fmt: skip
     result = invoke("reload")
     assert result.stdout == "added: sinks.kafka\nremoved:\nchanged: auth.ldap limits\nunchanged: broker\n"
-    assert "isthmus queues drop old" in result.stderr
+    assert "3 messages of old are kept; isthmus queues drop old" in result.stderr
     assert json.loads(invoke("reload", "--json").stdout)["added"] == ["sinks.kafka"]
 
 

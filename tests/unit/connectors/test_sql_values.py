@@ -10,7 +10,6 @@ import pytest
 
 from broker.config.template import Template
 from broker.connectors import sql_values as to
-from broker.extend.sink import Record
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 
@@ -20,8 +19,8 @@ NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
     [
         (to.text, "a\0", "a\0"), (to.text, b"\xc3\xa4", "\u00e4"), (to.text, 1.5, "1.5"), (to.text, True, "true"),
         (to.text, {"a": [None]}, '{"a":[null]}'), (to.binary, "\u00e4", b"\xc3\xa4"), (to.binary, b"\xff", b"\xff"),
-        (to.whole(-128, 127), "-128", -128), (to.whole(0, 9), b" 7 ", 7), (to.whole(0, 9), 4.0, 4),
-        (to.whole(0, 9), True, 1), (to.real(), 5, 5.0), (to.real(), ".5e1", 5.0), (to.real(), b"-0", 0.0),
+        (to.Whole(-128, 127), "-128", -128), (to.Whole(0, 9), b" 7 ", 7), (to.Whole(0, 9), 4.0, 4),
+        (to.Whole(0, 9), True, 1), (to.Real(), 5, 5.0), (to.Real(), ".5e1", 5.0), (to.Real(), b"-0", 0.0),
         (to.decimal, 0.1, Decimal("0.1")), (to.decimal, "1e3", Decimal("1000")), (to.decimal_text, 12.50, "12.5"),
         (to.boolean, "Yes", True), (to.boolean, 0, False), (to.boolean, b"off", False), (to.boolean, True, True),
         (to.moment, 1770120000000, NOON), (to.moment, "1770120000000", NOON), (to.moment, "2026-02-03T12:00Z", NOON),
@@ -40,11 +39,11 @@ def test_what_fits(convert: to.Convert, value: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("convert", "value", "reason"),
     [
-        (to.text, b"\xff", "no UTF-8"), (to.text_without_nul, "a\0b", r"U\+0000"), (to.whole(0, 255), 256, "outside"),
-        (to.whole(0, 255), "1_0", "whole number"), (to.whole(0, 255), 1.5, "whole number"),
-        (to.whole(0, 255), float("inf"), "whole number"), (to.whole(0, 255), [1], r"'\[1\]' is not"),
-        (to.real(), "nan", "is not a number"), (to.real(), "1e999", "too large"), (to.real(3.4e38), 1e39, "too large"),
-        (to.real(), True, "is not a number"), (to.decimal, "0x1", "is not a number"),
+        (to.text, b"\xff", "no UTF-8"), (to.text_without_nul, "a\0b", r"U\+0000"), (to.Whole(0, 255), 256, "outside"),
+        (to.Whole(0, 255), "1_0", "whole number"), (to.Whole(0, 255), 1.5, "whole number"),
+        (to.Whole(0, 255), float("inf"), "whole number"), (to.Whole(0, 255), [1], r"'\[1\]' is not"),
+        (to.Real(), "nan", "is not a number"), (to.Real(), "1e999", "too large"), (to.Real(3.4e38), 1e39, "too large"),
+        (to.Real(), True, "is not a number"), (to.decimal, "0x1", "is not a number"),
         (to.boolean, 2, "true or false"), (to.boolean, "maybe", "true or false"), (to.moment, True, "is not a time"),
         (to.moment, "yesterday", "is not a time"), (to.moment, 1e300, "is not a time"),
         (to.moment, {}, "is not a time"), (to.packed_hex, "xyz", "."),
@@ -57,24 +56,7 @@ def test_what_does_not_fit_is_said(convert: to.Convert, value: Any, reason: str)
 
 def test_a_value_that_is_long_is_shown_shortened() -> None:
     with pytest.raises(ValueError, match=r"^'x{40}' is not a number$"):
-        to.real()("x" * 10_000)
-
-
-def test_rows_keep_their_positions_and_name_the_column() -> None:
-    cells = [
-        to.Cell("id", Template("${msgid}"), to.text_without_nul, True),
-        to.Cell("v", Template("${payload.v}"), to.real(), False),
-        to.Cell("where", Template("at ${topic}"), to.text_without_nul, False),
-    ]
-    records = [
-        Record("t", b'{"v": 1}', msgid="a"), Record("t", b'{"v": "x"}', msgid="b"), Record("t", b'{"v": 2}'),
-        Record("u", b"no json", msgid="c"),
-    ]  # fmt: skip
-    made, failed = to.rows(cells, records)
-    assert made == {0: ("a", 1.0, "at t"), 3: ("c", None, "at u")}
-    assert failed == {
-        1: "column v: 'x' is not a number", 2: "column id: must not be null, and ${msgid} has no value",
-    }  # fmt: skip
+        to.Real()("x" * 10_000)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from broker.client.connection import Connection, Handler
 from broker.extend.session import SessionSpec
 from broker.extend.sink import Batch, BatchFailed, NotConnected
 from broker.mqtt.properties import Properties, encode_properties
+from broker.runtime import lane
 from broker.runtime.attach import Internal
 from broker.runtime.dead_letters import DeadLetters
 from broker.runtime.lane import Lane
@@ -271,13 +272,13 @@ async def test_a_full_window_is_received_while_the_destination_is_down(broker: F
 async def test_a_defect_in_the_lane_itself_is_survived(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
     async with Rig(broker) as rig:
         await broker.until_attached(LANE)
-        real = rig.lane._records
+        real = lane.records
 
-        def fail(batch: object) -> None:
-            monkeypatch.setattr(rig.lane, "_records", real)
+        def fail(batch: object, trusted: bool) -> None:
+            monkeypatch.setattr(lane, "records", real)
             raise RuntimeError("defect")
 
-        monkeypatch.setattr(rig.lane, "_records", fail)
+        monkeypatch.setattr(lane, "records", fail)
         broker.deliver(LANE, "a", b"1")
         await broker.until_answered(LANE)
         assert rig.sink.payloads == [b"1"]
