@@ -40,6 +40,7 @@ cdef class Channel(Outbox):
     cdef public float keep_alive
     cdef public double last_read
     cdef public double deadline
+    cdef public double held_until
     cdef public list pieces
     cdef public dict aliases
     cdef public bytearray acks

@@ -75,6 +75,7 @@ class Channel(Outbox):
         self.v5 = False
         self.parsing = False
         self.suspended = False
+        self.held_until = 0.0
         self.paused = False
         self.pieces: list[bytes] | None = None
         self.have = 0
@@ -367,8 +368,8 @@ class Channel(Outbox):
             self.link.pause_reading()
 
     def resume_parse(self) -> None:
-        """Go on with what was kept while the channel was suspended."""
-        if self.state == CLOSED or not self.suspended:
+        """Go on with what was kept while the channel was suspended; not before `held_until`."""
+        if self.state == CLOSED or not self.suspended or self.held_until > self.core.now:
             return
         self.suspended = False
         self.last_read = self.core.now
@@ -986,7 +987,7 @@ class Channel(Outbox):
         """The server ends the connection; MQTT 5 clients are told why. The will is published."""
         if self.state == CLOSED:
             return
-        if self.v5 and self.state == LIVE:
+        if self.v5 and self.state == LIVE and not self.engine.awaits_welcome(self):  # [MQTT-3.2.0-1]
             self._flush_acks()
             self.push(packets.encode_disconnect(5, code))  # [MQTT-4.13.1-1]
             self._end(True, code)

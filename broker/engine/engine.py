@@ -267,6 +267,7 @@ class Engine:
             anew = anew or (present and session.spool is not None and session.spool.segment == 0)
         if journal is not None and (anew or (not present and client_id in journal.ending)):
             self._claims[client_id] = channel
+            session.claimed = True
             journal.after(lambda written: self._welcome_later(channel, session, connack, written))
             return
         if session.spool is not None and not session.persistent:  # it ends with its connection, a crash included
@@ -310,6 +311,7 @@ class Engine:
             channel._end()
             return
         del self._claims[session.client_id]
+        session.claimed = False
         self._welcome(channel, session, connack)
         channel.resume_parse()
 
@@ -366,6 +368,7 @@ class Engine:
         session = channel.session
         if session is not None and self._claims.get(session.client_id) is channel:  # its session has learnt all of it
             del self._claims[session.client_id]
+            session.claimed = False
             session.attach(channel, channel.v5)
         if session is None or session.channel is not channel:
             return
@@ -390,6 +393,8 @@ class Engine:
             self.end_session(session)
         else:
             self.start_expiry(session)
+            if session.will is not None and session.spool is not None and session.will.origin.principal is not None:
+                session.will_terms = self._will_terms(session)  # it may have been revoked
             self._note_life(session, False)
         if self.on_disconnected is not None:
             self.on_disconnected(channel)
@@ -496,8 +501,9 @@ class Engine:
         self.publish_will(session)
         self._note_life(session, False)  # a restart is not to publish it again
 
-    def end_session(self, session: Session) -> None:
-        """Forget a session with everything it holds; a will still waiting is published now. [MQTT-3.1.2-23]"""
+    def end_session(self, session: Session, gives: bool = True) -> None:
+        """Forget a session with everything it holds; a will still waiting is published now. [MQTT-3.1.2-23] `gives`:
+        other members of its `$share` groups get what it has not acknowledged."""
         if self.sessions.get(session.client_id) is not session:
             return
         del self.sessions[session.client_id]
@@ -513,7 +519,7 @@ class Engine:
         for subscription in session.subscriptions or ():
             self._drop_subscription(subscription)
         session.subscriptions = None
-        leaves = any(group.members for group in groups)
+        leaves = gives and (session.left_share or any(group.members for group in groups))
         if leaves:
             self._pass_on(session, session.take_shared(over=True))
         for entry in session.queue or ():
@@ -541,7 +547,7 @@ class Engine:
         """Its messages are given up, but for those on disk of a session that `leaves` some to others."""
         if leaves:
             spool.fold()
-        on_disk, spool.backlog = (spool.backlog, None) if leaves else (None, spool.backlog)
+        on_disk, spool.backlog = (spool.backlog, None) if leaves and spool.backlog else (None, spool.backlog)
         spool.forget_all()
         inflight = session.inflight
         if inflight is not None:
@@ -629,7 +635,8 @@ class Engine:
         older = {f: self._find(session, f) for f, _ in packet.filters} if session.spool is not None else {}
         for filter, options in packet.filters:
             code, sent = self._subscribe_one(channel, session, filter, options, ident)
-            if channel.state == CLOSED:  # for what was denied
+            if channel.state == CLOSED:  # for what was denied; there is no SUBACK to wait for the disk
+                older = {}
                 break
             codes.append(code)
             retained.extend(sent)
@@ -638,7 +645,7 @@ class Engine:
             if made is not None and made is not before:
                 self._unwritten[made] = before
         if self.observer is not None:
-            self.observer.subscribed(session, packet.filters, codes)
+            self.observer.subscribed(session, packet.filters[: len(codes)], codes)
         return codes, retained
 
     def _settle_subscriptions(self, session: Session, made: list[tuple[bytes, Subscription]], written: bool) -> None:
@@ -839,6 +846,8 @@ class Engine:
                 self.core.journal.note(records.encode_session(records.UNSUBSCRIBED, session.spool.number, filter))
             codes.append(0)
             changed = True
+            if isinstance(group, ShareGroup):
+                session.left_share = True
             if isinstance(group, ShareGroup) and group.members:
                 if session.spool is not None and self.core.journal.refusing:  # where it is it is safe
                     stays.append(found.filter)
@@ -912,7 +921,7 @@ class Engine:
         terms = self._will_terms(session)
         if terms != session.will_terms:
             session.will_terms = terms
-            self._note_life(session, session.channel is not None)
+            self._note_life(session, session.channel is not None or bool(session.claimed))
 
     def _check_subscriptions(self, session: Session) -> None:
         """End the subscriptions and withhold the queued messages that the session's principal has no right to."""
@@ -933,23 +942,30 @@ class Engine:
         session.purge(lambda topic: self._may_receive(principal, topic.decode()))
 
     def clients(self) -> list[Channel]:
-        """The connections of devices: every attached session that is not a worker's."""
+        """The connections of devices: every one that was accepted and is not a worker's."""
         found = [s.channel for s in self.sessions.values() if s.channel is not None]
+        found.extend(self._claims.values())
         return [c for c in found if not c.listener.privileged]
 
     def kick(self, client_id: str, code: int = 0x98) -> bool:
         """Close a client's connection; False when it has none."""
         session = self.sessions.get(client_id)
-        if session is None or session.channel is None:
+        channel = self._claims.get(client_id) or (session.channel if session is not None else None)
+        if channel is None:
             return False
-        session.channel.disconnect(code)
+        channel.disconnect(code)
         return True
+
+    def awaits_welcome(self, channel: Channel) -> bool:
+        """Whether its CONNACK waits for the disk."""
+        return self._claims.get(channel.client_id) is channel
 
     def hold_back(self, channel: Channel, seconds: float) -> None:
         """Handle nothing more of what this client sends for a while."""
-        if channel.state == LIVE and not channel.suspended:
+        if channel.state == LIVE:
             channel.suspended = True
-            self.timers.at(self.core.now + seconds, channel.resume_parse)
+            channel.held_until = self.core.now + seconds
+            self.timers.at(channel.held_until, channel.resume_parse)
 
     # time -----------------------------------------------------------------------------------------------------
 
@@ -981,7 +997,10 @@ class Engine:
         self.timers.run(now, self._failed)
         if core.journal is not None:
             core.journal.pace.look(now)
-            self.legacies.go_on()
+            try:
+                self.legacies.go_on()
+            except Exception as error:
+                self._failed(error, "what ended sessions left on disk cannot be given to others until a restart")
         if now >= self._next_look:
             self._next_look = now + 1.0
             for session in self._aging:

@@ -82,15 +82,26 @@ class ShareGroup:
         """A member that may have a message from another one's queue and has room for it, connected ones first; None
         when there is none at present. Raises LookupError when no member may have it."""
         name = message.topic.decode()
-        principals = [(m, m.receiver.principal) for m in self.members]
-        members = [m for m, principal in principals if principal is None or self.may_receive(principal, name)]
-        if not members:
-            raise LookupError(name)
+        n = len(self.members)
         self._next += 1
-        turn = self._next % len(members)
-        members = members[turn:] + members[:turn]
-        members.sort(key=lambda member: member.receiver.outbox is None)
-        return next((m for m in members if m.receiver.has_room(message.size)), None)
+        allowed = False
+        fallback = None
+        for i in range(n):
+            member = self.members[(self._next + i) % n]
+            receiver = member.receiver
+            room = receiver.has_room(message.size)
+            if (allowed and not room) or (fallback is not None and receiver.outbox is None):
+                continue
+            if receiver.principal is not None and not self.may_receive(receiver.principal, name):
+                continue
+            allowed = True
+            if room and receiver.outbox is not None:
+                return member
+            if room:
+                fallback = member
+        if not allowed:
+            raise LookupError(name)
+        return fallback
 
     def give(self, member: Subscription, message: Message) -> bool:
         """Give this member a message that `with_room` has found it for; False when it refuses after all."""

@@ -527,6 +527,7 @@ class Journal:
         frames: list[tuple[bytes, int]] = []
         size = 0
         entries = 0
+        left: list[Spool] = []
         if self._notes:
             notes = self._notes
             self._notes = []
@@ -536,6 +537,9 @@ class Journal:
                     commit.notes.append(record)
                 elif isinstance(note, Spool):
                     if self.spools.get(note.number) is not note:
+                        continue
+                    if note.over:
+                        left.append(note)
                         continue
                     record = self._snapshot_of(note)
                     commit.snapshots.append((note, len(frames)))
@@ -594,6 +598,9 @@ class Journal:
                 commit.notes.append(records.encode_acked(spool.number, floor, [seq for seq in done if seq >= floor]))
                 parts.append(commit.notes[-1])
         self._dirty = []
+        for spool in left:  # it forgets what others have got in this commit
+            commit.snapshots.append((spool, len(frames)))
+            parts.append(self._snapshot_of(spool))
         commit.ends = self._ends
         parts.extend([record for _, record in self._ends])
         self._ends = []

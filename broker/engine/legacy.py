@@ -14,6 +14,7 @@ from broker.engine.groups import ShareGroup
 from broker.engine.message import Message
 from broker.engine.session import Session
 from broker.engine.spool import IN_MEMORY_BYTES, LOAD
+from broker.engine.topics import matches
 
 
 class Legacies:
@@ -48,7 +49,10 @@ class Legacies:
             spool.backlog.close()
             spool.backlog = None
         journal.end(spool)
-        self.sessions.popleft()
+        session = self.sessions.popleft()
+        session.spool = None
+        session.stored = False
+        self._groups = {}
         journal.after(self._written)
 
     def _loaded(self, taken: list[Any], messages: list[Any]) -> None:
@@ -83,7 +87,11 @@ class Legacies:
         if message.expires != 0 and message.expires <= core.now:
             core.drop("expired")
             return True
-        group = self._groups.get(taker.group)
+        age = core.limits.max_queued_age
+        if age and message.clock_ms < core.clock() - age * 1000:
+            core.drop("too_old")
+            return True
+        group = self._find(taker.group, message)
         if group is None:
             core.drop("no_member")
             return True
@@ -101,5 +109,13 @@ class Legacies:
 
     def give(self, message: Message, mark: int) -> bool:
         """Give a message to a member of this group at once; False when there is none that may have it."""
-        group = next((group for group in self.engine.groups.values() if group.mark == mark), None)
+        group = self._find(mark, message)
         return group is not None and group.publish(message, None, None)
+
+    def _find(self, mark: int, message: Message) -> ShareGroup | None:
+        """The group with this mark that this message belongs to; two may share a mark, it has 32 bits."""
+        group = self._groups.get(mark)
+        if group is None or not group.members:
+            self._groups = {group.mark: group for group in self.engine.groups.values()}
+            group = self._groups.get(mark)
+        return group if group is not None and matches(group.filter, message.topic) else None

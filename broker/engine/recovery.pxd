@@ -14,6 +14,7 @@ cdef class Found:
     cdef public long long next_seq
     cdef public unsigned int segment
     cdef public bint over
+    cdef public bint left_share
 
     @cython.locals(floor="long long", seq="long long", last="long long", at=Py_ssize_t, ascending=bint, done=set, released=set)
     cpdef object alive(self)

@@ -45,6 +45,7 @@ class Found:
         self.segment = 0
         self.over = False
         """It had ended, and its messages were being given to others."""
+        self.left_share = False
 
     def alive(self) -> "array[int]":
         """The entries nobody has acknowledged, ascending; of one that was copied, the newest place."""
@@ -146,7 +147,11 @@ class Recovery:
             subscription = _subscription(fields["sub"])
             self._session(number).subscriptions[subscription[0]] = subscription
         elif kind == records.UNSUBSCRIBED:
-            self._session(records.decode_session(payload)).subscriptions.pop(payload[4:].decode(), None)
+            found = self._session(records.decode_session(payload))
+            filter = payload[4:].decode()
+            found.subscriptions.pop(filter, None)
+            if filter.startswith("$share/"):
+                found.left_share = True
         elif kind == records.FREED:
             number, idents = records.decode_freed(payload)
             self._session(number).marks.difference_update(idents)
@@ -212,6 +217,7 @@ class Recovery:
         found.fields = fields
         found.segment = position >> 32
         found.over = bool(fields.get("over"))
+        found.left_share = bool(fields.get("ls"))
 
     # putting it in place --------------------------------------------------------------------------------------
 
@@ -275,6 +281,7 @@ class Recovery:
         session.expiry = expiry
         session.window = int(fields["w"])
         session.encoded5 = session.v5 = bool(fields["v5"])
+        session.left_share = found.left_share
         engine.sessions[session.client_id] = session
         self._restore_queue(journal, session, spool, found)
         if found.marks:

@@ -20,6 +20,8 @@ cdef class Session(Receiver):
     cdef public int received_count
     cdef public Flag persistent
     cdef public Flag encoded5
+    cdef public Flag claimed
+    cdef public Flag left_share
     cdef public unsigned short alias_maximum
     cdef public double expiry
     cdef public double ends_at

@@ -58,6 +58,10 @@ class Session(Receiver):
         self.alias_maximum = 0
         self.aliases: dict[bytes, int] | None = None
         self.encoded5 = False
+        self.claimed = False
+        """Accepted, but CONNACK waits for the disk: there is no outbox yet."""
+        self.left_share = False
+        """It has left a `$share` group and may still have messages of it on disk."""
         self.spec: Any = None
         self.spool: Spool | None = None
         """Set for a session that survives a restart."""
@@ -376,9 +380,9 @@ class Session(Receiver):
     def snapshot(self, journal: Journal) -> dict[str, Any]:
         """The session as the journal keeps it, but for its sequence numbers."""
         fields: dict[str, Any] = {"c": self.client_id, "o": self.owner, "k": self.created}
-        over = self.spool is not None and self.spool.over
-        # one whose CONNACK waits for this very record has no outbox yet, and no end
-        fields.update(self.life(journal, self.outbox is not None or (self.ends_at == 0 and not over)))
+        fields.update(self.life(journal, self.outbox is not None or bool(self.claimed)))
+        if self.left_share:
+            fields["ls"] = True
         fields["subs"] = [
             [filter_of(s).decode(), s.qos, bool(s.no_local), bool(s.rap), s.ident] for s in self.subscriptions or ()
         ]

@@ -365,15 +365,16 @@ class Spool:
             reason = "unreadable" if found is None else session.outdated(found[0])
             if reason:
                 session.queue_bytes -= size
-                if reason != "unsubscribed" or not self.journal.pass_on(self, seq, *found):
-                    session.count_drop(reason)
-                given_up.append((seq, position))
+                given_up.append((seq, position, reason, found))
                 continue
             message, taker = found
             hold = self.holds.pop(seq, None) if self.holds is not None else None
             group = session.group_of(taker.group) if taker.group else None
             queue.append((message, taker.qos, taker.retain, taker.idents, hold, group, seq, stored_at(position)))
-        for seq, position in given_up:
+        # only now: a message passed on may free a publisher, whose next one comes behind these
+        for seq, position, reason, found in given_up:
+            if reason != "unsubscribed" or not self.journal.pass_on(self, seq, *found):
+                session.count_drop(reason)
             self.finish_place(seq, position)
         session.drain()
         self.journal.pace.handled(len(taken), thread_time() - began)

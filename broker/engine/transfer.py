@@ -40,7 +40,7 @@ def export_session(engine: Any, client_id: str) -> dict[str, Any]:
         ],
     }
     session.will = None
-    engine.end_session(session)
+    engine.end_session(session, False)
     return state
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from broker.engine.channel import LIVE
-from broker.engine.engine import Engine
+from broker.engine.engine import RESERVED, Engine
 from broker.engine.message import Message, Origin
 from broker.mqtt.codes import V31, ReasonCode
 
@@ -112,4 +112,6 @@ def _protocol(channel: Any) -> dict[str, Any]:
 
 def _is_internal(session: Any) -> bool:
     """A worker's, or that of an operator's command."""
-    return session.spec is not None or (session.principal is not None and session.principal.privileged)
+    if session.spec is not None or session.client_id.startswith(RESERVED):
+        return True
+    return session.principal is not None and bool(session.principal.privileged)

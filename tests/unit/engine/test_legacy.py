@@ -10,7 +10,7 @@ from broker.engine import compaction
 from broker.engine.spool import LOAD
 from broker.mqtt import packets
 from tests.unit.engine import parts
-from tests.unit.engine.harness import Client
+from tests.unit.engine.harness import Client, props
 from tests.unit.engine.parts import PUBACK, PUBCOMP, PUBREC, PUBREL, ack
 from tests.unit.engine.stores import StoredBench, check
 from tests.unit.engine.test_journal import resume, subscribed
@@ -257,3 +257,68 @@ def test_d03_a_legacy_survives_compaction(monkeypatch: pytest.MonkeyPatch) -> No
     check(bench)
     again = bench.restart()
     assert sorted(everything(again, resume(again, "b"))) == numbers(30)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_p79_unsubscribing_and_leaving_at_once_leaves_it_to_the_others_too(crash: bool) -> None:
+    """What any consumer does that stops in an orderly way: UNSUBSCRIBE, then the end of the session."""
+    count = 3 * LOAD
+    bench = left_behind(count)
+    subscribed(bench, "b", SHARED, qos=2).drop()
+    a = parts.resume(bench, "a", 5, receive_maximum=10, session_expiry_interval=100)
+    a.send(packets.encode_unsubscribe(9, 5, [SHARED.encode()]))
+    if crash:
+        bench.commit()
+        bench = bench.restart()
+        bench.pass_time(101, 1)
+    else:
+        a.send(packets.encode_disconnect(5, 0, props(session_expiry_interval=0)))
+    got = Counter(everything(bench, resume(bench, "b")))
+    assert not Counter(numbers(count)) - got
+    check(bench)
+
+
+def test_d01_the_session_is_forgotten_last_in_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torn commit may keep its first frames only: what was in flight must be with the other member by then."""
+    monkeypatch.setattr("broker.engine.journal.FRAME", 200)
+    bench = left_behind(LOAD)
+    subscribed(bench, "b", SHARED, qos=2).drop()
+    a = parts.resume(bench, "a", 5, session_expiry_interval=100, receive_maximum=5)
+    bench.commit()
+    bench.commit()
+    a.send(packets.encode_disconnect(5, 0, props(session_expiry_interval=0)))
+    bench.settle()
+    for partial in range(12):
+        again = bench.restart(partial=partial)
+        again.pass_time(102, 1)
+        got = Counter(everything(again, resume(again, "b")))
+        assert not Counter(numbers(LOAD)) - got, f"lost after {partial} frames"
+
+
+def test_a_legacy_leaves_no_cycle_behind() -> None:
+    bench = left_behind()
+    session = bench.engine.sessions["a"]
+    b = subscribed(bench, "b", SHARED, qos=2)
+    bench.pass_time(101, 1)
+    everything(bench, b)
+    assert session.spool is None
+
+
+def test_too_old_is_not_given_away() -> None:
+    bench = left_behind(max_queued_age=50)
+    bench.pass_time(10)
+    b = subscribed(bench, "b", SHARED, qos=2)
+    bench.pass_time(101, 1)
+    assert everything(bench, b) == []
+
+
+def test_a_group_with_the_same_mark_is_another_group() -> None:
+    bench = left_behind()
+    subscribed(bench, "b", SHARED, qos=2).drop()
+    stranger = subscribed(bench, "c", "$share/other/u", qos=2)
+    mark = bench.engine.groups[(b"g", b"t/#")].mark
+    del bench.engine.groups[(b"g", b"t/#")]
+    bench.engine.groups[(b"other", b"u")].mark = mark
+    bench.pass_time(101, 1)
+    assert everything(bench, stranger) == []
+    assert bench.engine.core.dropped["no_member"] == 4
