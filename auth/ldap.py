@@ -79,12 +79,13 @@ class LdapConfig(ldap.LdapServer):
     superuser_attribute: str = _attribute()
     """Attribute whose value TRUE makes a superuser; EMQX: ``isSuperuser``. Empty: none does."""
     enabled_attribute: str = _attribute()
-    """Attribute whose value FALSE shuts a user out, and disconnects it within `refresh`; EMQ: ``isEnabled``. For others
-    add to `user_filter`: ``(!(pwdAccountLockedTime=*))``, or what the example for Active Directory has."""
+    """Attribute whose value FALSE shuts a user out, and disconnects it within `refresh` (not with direct_bind, where
+    only the user itself reads its entry: it is refused at its next login); EMQ: ``isEnabled``. For others add to
+    `user_filter`: ``(!(pwdAccountLockedTime=*))``, or what the example for Active Directory has."""
     expiry_attribute: str = _attribute()
     """Attribute with the time at which the account ends and its clients are disconnected: ``accountExpires`` of Active
     Directory, ``shadowExpire`` in days, any other as a generalized time such as ``20271231235959Z``. An entry without
-    it does not end."""
+    it does not end. Another time counts within `refresh`, with direct_bind at the next login."""
     groups: dict[str, LdapGroup] = Field(default_factory=dict)
     """Tables `[auth.ldap.groups.NAME]`: group → rights."""
     require_group: tuple[str, ...] = ()
@@ -98,7 +99,8 @@ class LdapConfig(ldap.LdapServer):
     """Finds the groups of an entry, for off and walk; ``${dn}`` is the entry, ``${username}`` the user."""
     max_bind_failures: int = Field(default=3, ge=0, le=1_000)
     """Wrong passwords of one user in `bind_failure_window` after which the directory is not asked about that user any
-    more, so that a device with an old password does not lock the account there; 0: no limit. Cached logins go on."""
+    more, so that a device with an old password does not lock the account there; 0: no limit. Cached logins go on. Not
+    with hash, which binds as nobody, so that no account is locked."""
     bind_failure_window: Annotated[Duration, Field(gt=0, le=86_400)] = 300.0
     """Seconds for which a wrong password counts. Directories count longer than this: `max_bind_failures` times their
     time divided by this one must stay below their own limit."""
@@ -113,6 +115,9 @@ class LdapConfig(ldap.LdapServer):
             raise ValueError("direct_bind needs user_dn with ${username}, e.g. uid=${username},ou=people,dc=example")
         if self.mode == "direct_bind" and self.user_dn is not None and not _is_dn(self.user_dn) and not self.base_dn:
             raise ValueError("base_dn: say where the user finds its own entry, e.g. dc=corp,dc=example")
+        for name in ("max_bind_failures", "bind_failure_window"):
+            if self.mode == "hash" and name in self.model_fields_set:
+                raise ValueError(f"{name}: leave it out, with hash the directory sees no wrong passwords")
         for name in self.require_group:
             if name not in self.groups:
                 raise ValueError(f"require_group: there is no table groups.{name}")
@@ -133,6 +138,8 @@ class _Directory:
         self._pool = pool
         self._names = _compared_with_username(config.user_filter) if config.exact_name else []
         self._attributes = _attributes(config)
+        self._secret = config.password_attribute.lower() if config.mode == "hash" else ""
+        """Attribute nobody but the comparison is to see."""
         self._limit = BindLimit(config.max_bind_failures, config.bind_failure_window)
         self.by_address = any("peerhost" in t.names for t in (config.user_filter, config.user_dn or config.user_filter))
 
@@ -196,7 +203,7 @@ class _Directory:
         attributes = {}
         for name in self._attributes:
             values = entry.texts(name)
-            if len(values) == 1:  # of several values none is the right one
+            if len(values) == 1 and name.lower() != self._secret:  # of several values none is the right one
                 attributes[name.lower()] = values[0]
         superuser = any(group.superuser for _, group in groups) or (
             bool(config.superuser_attribute) and any(map(truth, entry.texts(config.superuser_attribute)))

@@ -19,6 +19,7 @@ from typing import IO
 
 from broker import identity
 from broker.access.gate import AccessError, AccessGate
+from broker.access.principal import Principal
 from broker.admin.commands import Commands, ReloadRefused
 from broker.admin.control import ControlServer
 from broker.config import firstrun
@@ -124,6 +125,7 @@ class Broker:
         )
         self.gate.rights_changed = self.engine.rights_changed
         self.gate.kick = self.engine.kick
+        self.gate.present = self._is_present
         self.gate.hold_back = self.engine.hold_back
         self.engine.on_denied = self.gate.denied
         self.engine.on_disconnected = self.gate.protection.disconnected
@@ -143,6 +145,11 @@ class Broker:
         if limited is None:
             limited = self._limited[category] = logs.limited(log, category)
         limited.info("%s", text)
+
+    def _is_present(self, principal: Principal) -> bool:
+        """Whether this very principal is who is connected with its client id."""
+        session = self.engine.sessions.get(principal.clientid)
+        return session is not None and session.channel is not None and session.principal is principal
 
     # life -----------------------------------------------------------------------------------------------------
 
@@ -301,8 +308,8 @@ class Broker:
     async def reload(self) -> Difference:
         """Read the whole configuration again and change only what differs.
 
-        Raises ConfigError or ReloadRefused; then nothing has changed, though other listeners may have taken a renewed
-        certificate. Returns when new subscriptions exist and new listeners accept.
+        Raises ConfigError or ReloadRefused; then nothing has changed, unless the latter says so, though other listeners
+        may have taken a renewed certificate. Returns when new subscriptions exist and new listeners accept.
         """
         async with self._reloading:
             try:
@@ -316,7 +323,7 @@ class Broker:
                 if getattr(getattr(old, section), name) != getattr(getattr(new, section), name):
                     raise ReloadRefused(f"{new.origin(key)}: {key}: needs a restart to change; nothing was changed")
             change = diff(old, new)
-            if change.empty:
+            if change.empty and self.gate.settings is old:
                 self.listeners.renew_certificates()
                 return change
             try:
@@ -326,8 +333,7 @@ class Broker:
             try:
                 await self.listeners.apply(new.listeners)
             except ListenError as error:
-                await self.gate.replace(old)
-                raise ReloadRefused(f"{new.located(str(error))}; nothing was changed") from error
+                raise ReloadRefused(f"{new.located(str(error))}; {await self._undo(old, new)}") from error
             self.engine.configure(limits_of(new))
             await self.gate.recheck(self.engine.clients())
             self._memory.limit = new.broker.max_memory or memory.group_limit()
@@ -356,14 +362,30 @@ class Broker:
             )
             return change
 
+    async def _undo(self, old: Settings, new: Settings) -> str:
+        """Put the access rules of `old` back into force, after those of `new` were for a moment; says what is. Where
+        they cannot be (a file of theirs was moved), those of `new` stay, and the next reload takes them up again."""
+        told = "nothing was changed"
+        try:
+            await self.gate.replace(old)
+        except AccessError as error:
+            told = (
+                f"the access rules from before cannot be put back either: {old.located(str(error))}; those of the new "
+                "configuration are in force, all else is as before; correct it and reload again"
+            )
+        await self.gate.recheck(self.engine.clients())
+        return told
+
     async def reload_logged(self) -> None:
         """SIGHUP: as `reload`, errors go to the log."""
         try:
             await self.reload()
         except ConfigError as error:
             log.error("reload refused, nothing was changed:\n%s", "\n".join(error.problems))
+        except ReloadRefused as error:
+            log.error("reload refused: %s", error)
         except Exception as error:
-            log.error("reload refused, nothing was changed: %s", error)
+            log.error("reload failed: %s", error)
 
 
 def limits_of(settings: Settings) -> Limits:

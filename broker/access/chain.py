@@ -88,7 +88,10 @@ class Chain:
         if failed is not None:
             return failed  # somebody who might have known the user could not be asked
         for guard in self.guards:
-            await guard.burn(password)
+            try:
+                await guard.burn(password)
+            except BackendUnavailable as error:  # an answer at once would tell that nobody knows the user
+                return self._failed(guard, error)
         return nobody(explicit=bool(self.guards) or self.explicit, asked=bool(self.guards))
 
     async def identify(self, client: Client) -> Decision:

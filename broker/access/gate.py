@@ -18,7 +18,7 @@ from broker.access.chain import BAD_CREDENTIALS, BUSY, NOT_AUTHORIZED, UNAVAILAB
 from broker.access.guard import Guard
 from broker.access.principal import Principal, Standing
 from broker.access.protect import BANNED, QUOTA_EXCEEDED, RATE_EXCEEDED, Protection, shown
-from broker.access.refresh import Refresher
+from broker.access.refresh import PARALLEL, Refresher
 from broker.access.rules import EVERY, PUBLISH, SUBSCRIBE, SUBSCRIPTIONS, RuleSet, allowed, without_share
 from broker.extend.auth import Client, Grant, Rule
 from broker.runtime.logs import limited
@@ -58,6 +58,8 @@ class AccessGate:
         """Set by the application: the engine forgets cached rights of one client id, or of all."""
         self.kick: Callable[[str, int], Any] | None = None
         """Set by the application: closes a client's connection with a reason code."""
+        self.present: Callable[[Any], bool] | None = None
+        """Set by the application: whether this very principal is who is connected with its client id."""
         self.hold_back: Callable[[Any, float], Any] | None = None
         """Set by the application: leaves what a connection sends alone for so many seconds."""
         self.protection = Protection()
@@ -85,6 +87,11 @@ class AccessGate:
         self._unsafe = limited(logger, "an identity that may not stand in a topic")
 
     # configuration --------------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Any:
+        """What is in force."""
+        return self._settings
 
     async def open(self) -> None:
         """Put the settings given to the constructor into force."""
@@ -145,14 +152,56 @@ class AccessGate:
         """After a reload: disconnect those of these connections that would be refused now, as far as that shows without
         their passwords; returns how many. The others get the rules of what their listener names now."""
         count = 0
+        asked: list[Any] = []
         for number, channel in enumerate(channels, 1):
-            reason = self._unwelcome(channel)
-            if reason is not None:
+            if self._needs_asking(channel):
+                asked.append(channel)
+            elif (reason := self._unwelcome(channel)) is not None:
                 count += 1
                 self.revoke(channel, reason)
             if number % TURN == 0:
                 await asyncio.sleep(0)
+        places = asyncio.Semaphore(PARALLEL)
+        for start in range(0, len(asked), TURN):
+            again = (self._log_in_again(channel, places) for channel in asked[start : start + TURN])
+            count += sum(await asyncio.gather(*again))
         return count
+
+    def _needs_asking(self, channel: Any) -> bool:
+        """Whether nobody but its connection vouched for the client when it came, and a login of it would be more than a
+        look at whether anonymous clients are let in."""
+        principal = channel.principal
+        if principal is None or principal.privileged or principal.backend is not None:
+            return False
+        client = principal.client()
+        return "username" in client.certificate or self.chain(channel.listener.auth).reads(client)
+
+    async def _log_in_again(self, channel: Any, places: asyncio.Semaphore) -> bool:
+        """Decide about a client without a password as at its login, now; whether it was disconnected."""
+        async with places:
+            principal = channel.principal
+            if principal is None or principal.standing is _NOBODY:
+                return False
+            chain = self.chain(channel.listener.auth)
+            client = principal.client()
+            decision = await self._ask(client, chain, None)
+            if channel.principal is not principal or principal.standing is _NOBODY:
+                return False
+            if decision.code:
+                self.revoke(channel, decision.reason)
+                return True
+            if (decision.grant.username or client.username) != principal.username:
+                self.revoke(channel, f"auth.{decision.backend} knows it by another name")
+                return True
+            if decision.backend is None and principal.auth == channel.listener.auth:
+                return False  # nobody knows more of it than before
+            given = self._principal(principal.clientid, principal.username, channel, client.certificate, decision)
+            principal.standing = given.standing
+            principal.forget()
+            if self.rights_changed is not None:
+                self.rights_changed(principal.clientid)
+            self._refresher.watch(principal)
+            return False
 
     def revoke(self, channel: Any, reason: str = "its certificate was revoked") -> None:
         """Disconnect a client that may not be here any more; its will is not published."""
@@ -171,7 +220,7 @@ class AccessGate:
     def _unwelcome(self, channel: Any) -> str | None:
         """Why a connected client would be refused now; None when it would not, or that cannot be told."""
         principal, listener = channel.principal, channel.listener
-        if principal is None or principal.privileged:
+        if principal is None or principal.privileged or principal.standing is _NOBODY:
             return None
         chain = self.chain(listener.auth)
         refusal = chain.screened(principal.client())
@@ -180,7 +229,7 @@ class AccessGate:
         if principal.backend is not None:
             if all(guard.name != principal.backend for guard in chain.guards):
                 return f"auth.{principal.backend}, which let it in, does not decide here any more"
-        elif principal.username is None and not self._anonymous_on(listener):
+        elif not self._anonymous_on(listener):
             return "anonymous clients are not let in any more"
         if principal.auth != listener.auth:
             principal.standing = principal.standing.on(listener.auth)
@@ -294,7 +343,7 @@ class AccessGate:
         """How the client came in, and whether the rules that need no backend are enough for its will. The backend's own
         rules for it are not kept: that they sufficed is what is left of them."""
         if principal.superuser:
-            return {"backend": principal.backend, "superuser": True}
+            return {"backend": principal.backend, "superuser": True, "until": principal.expires_at}
         terms = {
             "listener": principal.listener,
             "auth": principal.auth,
@@ -322,10 +371,11 @@ class AccessGate:
             backend is not None and backend not in self._instances
         ):
             return 0
+        until = terms.get("until")
+        if until is not None and time.time() >= until:
+            return 0
         if terms.get("superuser"):
             return 1
-        if terms["until"] is not None and time.time() >= terms["until"]:
-            return 0
         return int(not terms["common"] or self._commonly(clientid, username, peerhost, terms, topic, qos, retain))
 
     def _commonly(
@@ -361,13 +411,13 @@ class AccessGate:
         that no will of theirs is published."""
         if action == PUBLISH and self.protection.bans and self.protection.bans.hits(principal):
             return 0
+        expires_at = principal.expires_at
+        if expires_at is not None and time.time() >= expires_at:
+            return 0
         if principal.superuser:
             return packets or 1
         if principal.generation != self.generation:
             self._look_up(principal)
-        expires_at = principal.expires_at
-        if expires_at is not None and time.time() >= expires_at:
-            return 0
         parts = topic.split("/")
         if packets:
             return allowed(principal.sources, action, topic, parts, principal, packets, self._unless_system(topic))
@@ -422,14 +472,19 @@ class AccessGate:
         return chain
 
     def apply(self, principal: Principal, grant: Grant) -> bool:
-        """Give a live client new rights; whether they differ from what it had."""
+        """Give a live client new rights; whether they differ from what it had. A grant without an end leaves the end it
+        has: not every backend that tells it at login tells it again."""
         rules = tuple(grant.rules)
         attributes = _attributes(grant)
-        held = (principal.own_rules, principal.attributes, principal.superuser, principal.groups)
-        if (rules, attributes, grant.superuser, grant.groups) == held:
+        until = principal.expires_at if grant.expires_at is None else grant.expires_at
+        held = (principal.superuser, principal.attributes, principal.own_rules, principal.groups, principal.expires_at)
+        given = (grant.superuser, attributes, rules, grant.groups, until)
+        if given == held:
             return False
-        principal.standing = principal.standing.granted(grant.superuser, attributes, rules, grant.groups)
+        principal.standing = principal.standing.granted(*given)
         principal.forget()
+        if until != held[-1]:
+            self._refresher.watch_expiry(principal)
         if self.rights_changed is not None:
             self.rights_changed(principal.clientid)
         return True

@@ -4,7 +4,6 @@ BackendUnavailable."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -124,11 +123,11 @@ class Guard:
         raise self._failed(BackendUnavailable(f"answered with {type(answer).__name__}, which is no list of rules"))
 
     async def burn(self, password: bytes) -> None:
-        """Spend the time of one password check, if the backend checks passwords by itself."""
+        """Spend the time of one password check, if the backend checks passwords by itself. Raises BackendUnavailable
+        (Busy, Open) where a check would have, so that an unknown user is told what a known one is."""
         burn: Any = getattr(self.backend, "burn", None)
         if burn is not None:
-            with contextlib.suppress(BackendUnavailable):
-                await self._call(lambda: burn(password))
+            await self._call(lambda: burn(password))
 
     def status(self) -> dict[str, Any]:
         """For `isthmus status`; no secrets."""

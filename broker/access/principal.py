@@ -52,13 +52,18 @@ class Standing:
         self.audit = audit
 
     def granted(
-        self, superuser: bool, attributes: Mapping[str, str], own_rules: Sequence[Rule], groups: frozenset[str]
+        self,
+        superuser: bool,
+        attributes: Mapping[str, str],
+        own_rules: Sequence[Rule],
+        groups: frozenset[str],
+        expires_at: float | None,
     ) -> Standing:
         """The same with other rights."""
         return Standing(
             listener=self.listener, auth=self.auth, backend=self.backend, superuser=superuser,
             privileged=self.privileged, origin=self.origin, attributes=attributes, certificate=self.certificate,
-            own_rules=own_rules, groups=groups, expires_at=self.expires_at, audit=self.audit,
+            own_rules=own_rules, groups=groups, expires_at=expires_at, audit=self.audit,
         )  # fmt: skip
 
     def on(self, auth: tuple[str, ...] | None) -> Standing:

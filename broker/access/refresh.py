@@ -11,7 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from broker.access.principal import Principal
-from broker.extend.auth import BackendUnavailable, Grant
+from broker.extend.auth import BackendUnavailable, Grant, Refusal
 
 if TYPE_CHECKING:
     from broker.access.gate import AccessGate
@@ -24,6 +24,8 @@ SETTLE = 0.05
 """Seconds in which changes are gathered before rights are read again: a table is changed row by row."""
 PARALLEL = 4
 """Clients whose rights are read at the same time; logins come first."""
+LONGEST = 86_400.0
+"""Seconds a timer waits for the end of a login at most: loops do not wait for years, and clocks are set meanwhile."""
 NOT_AUTHORIZED = 0x87
 
 
@@ -35,21 +37,56 @@ class Refresher:
         self._queues: dict[str, deque[tuple[float, weakref.ref[Principal]]]] = {}
         self._live: dict[str, weakref.WeakSet[Principal]] = {}
         self._task: asyncio.Task[None] | None = None
-        self._timers: set[asyncio.TimerHandle] = set()
+        self._timers: dict[weakref.ref[Principal], asyncio.TimerHandle] = {}
         self._due: dict[Principal, None] = {}
         self._now: asyncio.Task[None] | None = None
 
     def watch(self, principal: Principal) -> None:
         """A client logged in."""
-        loop = asyncio.get_running_loop()
-        if principal.expires_at is not None:
-            self._watch_expiry(principal, loop)
+        self.watch_expiry(principal)
         guard = self._gate.guard(principal.backend)
         if guard is None or not guard.has_rules or principal.backend is None:
             return
         self._live.setdefault(principal.backend, weakref.WeakSet()).add(principal)
         if guard.refresh:
-            self._plan(principal.backend, principal, loop.time() + guard.refresh)
+            self._plan(principal.backend, principal, asyncio.get_running_loop().time() + guard.refresh)
+
+    def watch_expiry(self, principal: Principal) -> None:
+        """Disconnect it when its login ends; called again whenever that time has changed."""
+        self._forget(weakref.ref(principal))
+        if principal.expires_at is None:
+            return
+        loop = asyncio.get_running_loop()
+
+        def gone(reference: weakref.ref[Principal]) -> None:
+            if reference in self._timers:
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(self._forget, reference)  # the last reference may go in any thread
+
+        reference = weakref.ref(principal, gone)
+        left = principal.expires_at - time.time()
+        self._timers[reference] = loop.call_later(min(max(0.0, left), LONGEST), self._expired, reference)
+
+    def _expired(self, reference: weakref.ref[Principal]) -> None:
+        self._timers.pop(reference, None)
+        principal = reference()
+        if principal is None or principal.expires_at is None:
+            return
+        if principal.expires_at > time.time():
+            self.watch_expiry(principal)
+        else:
+            self._kick(principal)
+
+    def _forget(self, reference: weakref.ref[Principal]) -> None:
+        timer = self._timers.pop(reference, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _kick(self, principal: Principal) -> None:
+        """Its messages may outlive its connection, and it with them: then somebody else may have its client id."""
+        present = self._gate.present
+        if self._gate.kick is not None and (present is None or present(principal)):
+            self._gate.kick(principal.clientid, NOT_AUTHORIZED)
 
     def changed(self, names: set[str]) -> None:
         """These instances were opened anew: everybody who came through them is due now."""
@@ -87,7 +124,7 @@ class Refresher:
         if self._now is not None:
             self._now.cancel()
             self._now = None
-        for timer in self._timers:
+        for timer in list(self._timers.values()):
             timer.cancel()
         self._timers.clear()
 
@@ -117,36 +154,26 @@ class Refresher:
             await self._read(principal, again)
 
     async def _read(self, principal: Principal, again: bool) -> None:
-        guard = self._gate.guard(principal.backend)
-        if guard is None or principal.backend is None:
+        name = principal.backend
+        guard = self._gate.guard(name)
+        if guard is None or name is None:
             return  # its instance was removed, and its rights with it
+        answer: Grant | Refusal | None = None
+        failed = False
         try:
             answer = await guard.rules(principal.client())
         except BackendUnavailable:
-            answer = Grant(principal.superuser, principal.attributes, principal.own_rules)  # keep what it has
+            failed = True  # it keeps what it has
+        if principal.backend != name or self._gate.guard(name) is not guard:
+            return  # meanwhile it was disconnected, or the instance opened anew, and then everybody is due again
         if isinstance(answer, Grant):
             with contextlib.suppress(Exception):
                 self._gate.apply(principal, answer)
-            guard = self._gate.guard(principal.backend)
-            if again and guard is not None and guard.refresh:
-                self._plan(principal.backend, principal, asyncio.get_running_loop().time() + guard.refresh)
+        elif not failed:
+            logger.warning("client %r: auth.%s no longer knows user %r", principal.clientid, name, principal.username)
+            self._gate.purge(principal.username)
+            self._gate.apply(principal, Grant())
+            self._kick(principal)
             return
-        logger.warning(
-            "client %r: auth.%s no longer knows user %r", principal.clientid, principal.backend, principal.username
-        )
-        self._gate.purge(principal.username)
-        self._gate.apply(principal, Grant())
-        if self._gate.kick is not None:
-            self._gate.kick(principal.clientid, NOT_AUTHORIZED)
-
-    def _watch_expiry(self, principal: Principal, loop: asyncio.AbstractEventLoop) -> None:
-        reference = weakref.ref(principal)
-
-        def expired() -> None:
-            self._timers.discard(timer)
-            live = reference()
-            if live is not None and self._gate.kick is not None:
-                self._gate.kick(live.clientid, NOT_AUTHORIZED)
-
-        timer = loop.call_later(max(0.0, (principal.expires_at or 0.0) - time.time()), expired)
-        self._timers.add(timer)
+        if again and guard.refresh:
+            self._plan(name, principal, asyncio.get_running_loop().time() + guard.refresh)

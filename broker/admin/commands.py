@@ -24,7 +24,8 @@ STORED = 10.0
 
 
 class ReloadRefused(Exception):
-    """The new configuration cannot be put in force without a restart or cannot be opened; nothing has changed."""
+    """The new configuration cannot be put in force without a restart or cannot be opened; nothing has changed, unless
+    the text says what has."""
 
 
 class Commands:

@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 
 from broker.config import suggest
 from broker.config.listeners import KINDS, ListenerConfig
-from broker.config.options import SYSTEM
+from broker.config.options import PACKAGED, SYSTEM
 from broker.config.settings import SECTIONS
 from broker.config.show import to_toml
 from broker.config.types import (
@@ -112,11 +112,13 @@ def examples(room: str, kind: str) -> Iterator[Path]:
 
 
 def fragments() -> list[Path]:
-    """The shipped fragments with the examples among them: of a checkout, else where fragments are looked for."""
+    """The shipped fragments in the order of their names: those of a new installation as they are in the package, with
+    the examples of a checkout, else of where fragments are looked for. Never one that is in force: it may hold secrets.
+    """
     for folder in (CHECKOUT, Path("conf.d"), SYSTEM):
-        found = sorted(path for path in folder.glob("*") if path.name.endswith((".toml", ".toml.example")))
-        if any(path.suffix == ".example" for path in found):
-            return found
+        found = list(folder.glob("*.toml.example"))
+        if found:
+            return sorted([*PACKAGED.glob("*.toml"), *found], key=lambda path: path.name)
     return []
 
 

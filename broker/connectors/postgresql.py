@@ -87,22 +87,22 @@ class PostgresPool(SqlPool):
 
     async def listen(self, channel: str, heard: Callable[[str | None], object]) -> None:
         """Tell `heard` the payload of every notification, and None whenever some may have been missed: each time the
-        connection is there (again). Returns only by being cancelled."""
+        connection is there (again). Returns when a pooler has shown itself, which passes none on, or when cancelled."""
         wait = Backoff(0.1, 5.0)
-        servers = self._servers
-        for attempt in itertools.count():
-            place = servers[attempt % len(servers)]
+        for place in itertools.cycle(self._servers):
+            if self.pooled:
+                break
             connection: asyncpg.Connection[Any] | None = None
             ended = asyncio.Event()
             try:
                 async with asyncio.timeout(self._timeout):
                     connection = await self._connection(place)
                     if self.pooled:
-                        raise Lost("a pooler passes no notifications on, name the database itself")
+                        break
                     connection.add_termination_listener(lambda _, ended=ended: ended.set())
                     await connection.add_listener(channel, lambda *about: heard(about[3] or None))
                 heard(None)
-                while True:
+                while not self.pooled:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(ended.wait(), QUIET)
                     async with asyncio.timeout(self._timeout):
@@ -113,7 +113,12 @@ class PostgresPool(SqlPool):
             finally:
                 if connection is not None:
                     connection.terminate()
-            await asyncio.sleep(wait.next())
+            if not self.pooled:
+                await asyncio.sleep(wait.next())
+        logger.warning(
+            "not listening to %r, so changes are noticed late: a pooler passes no notifications on; name the database",
+            channel,
+        )
 
     async def _link(self, place: Address) -> Link:
         return _Connection(self, await self._connection(place), place)

@@ -165,7 +165,8 @@ class AuthBackend(Protocol):
     - ``screen(client) -> Refusal | None``: asked before everything else about every client that logs in, also one
       with a certificate or without any name; must be quick and never raise;
     - ``async reread()``: the accounts it keeps were edited (`Accounts`): read them again;
-    - ``async burn(password)``: spend the time of one password check, called when no backend knew the user.
+    - ``async burn(password)``: spend the time of one password check, called when no backend knew the user;
+      BackendUnavailable from it refuses the client as one from `authenticate` does.
     """
 
     async def authenticate(self, client: Client, password: bytes) -> Answer:

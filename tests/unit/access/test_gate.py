@@ -427,6 +427,23 @@ async def test_unknown_users_cost_the_time_of_a_password_check(login: Any) -> No
     assert len(burned) == 1, "somebody else knew the user"
 
 
+@pytest.mark.parametrize("error", [Busy("too many passwords"), BackendUnavailable("no answer")])
+@pytest.mark.parametrize("on_error", ["deny", "ignore"])
+async def test_under_load_an_unknown_user_is_told_what_a_known_one_is(
+    login: Any, error: Exception, on_error: str
+) -> None:
+    class Loaded(Fake):
+        async def burn(self, password: bytes) -> None:
+            raise error
+
+    def answer(client: Client, password: bytes) -> Any:
+        return error if client.username == "known" else IGNORE
+
+    log = await login(instance("one", Loaded(answer), on_error=on_error), instance("two", Fake(IGNORE)))
+    known, unknown = [(await log(name)).code for name in ("known", "unknown")]
+    assert known == unknown == (0x89 if isinstance(error, Busy) else 0x88)
+
+
 # --- certificates and workers ----------------------------------------------------------------------------------------
 
 
@@ -635,7 +652,69 @@ async def test_after_a_reload_those_are_disconnected_who_would_be_refused(login:
     assert await log.gate.recheck(everybody) == 2
     assert [channel.told for channel in everybody] == [None, 0x87, 0x87, None]
     assert not log.gate.may_publish(by_two.principal, "a"), "its will neither"
+    assert await log.gate.recheck(everybody) == 0, "once each"
     assert log.gate.counters["revoked"] == 2
+
+
+def proved(log: Login, username: str, **more: Any) -> Any:
+    """A login by certificate."""
+    return log(None, None, f"c-{username}", username=username, **more)
+
+
+async def test_after_a_reload_certificates_are_judged_as_at_a_login(login: Any) -> None:
+    """A backend that was added must know their users and gives them their rights; an empty order refuses them."""
+    fake = Directory(IGNORE)
+    fake.known = lambda client: {"dev": Grant(rules=(allow("own"),)), "locked": Refusal("locked")}.get(client.username)
+    one, two = instance("one", Fake(ALLOW)), instance("two", fake, refresh=60)
+    log = await login(one)
+    names = ("dev", "locked", "stranger")
+    everybody = [await proved(log, name) for name in names]
+    narrow = await proved(log, "stranger", auth=("one",))
+    assert [channel.code for channel in everybody] == [0, 0, 0]
+    assert await log.gate.recheck([*everybody, narrow]) == 0
+    told: list[Any] = []
+    log.gate.rights_changed = told.append
+    await log.gate.replace(settings(one, two))
+    assert await log.gate.recheck([*everybody, narrow]) == 2
+    assert [channel.told for channel in (*everybody, narrow)] == [None, 0x87, 0x87, None]
+    assert [(await proved(log, name)).code for name in names] == [0, 0x86, 0x87], "as a login is"
+    dev = everybody[0].principal
+    assert (dev.backend, log.gate.may_publish(dev, "own"), told) == ("two", 1, [None, "c-dev"])
+    fake.known = None
+    await log.gate.replace(settings(one, instance("two", fake, refresh=0.001)))
+    log.gate.kick = lambda clientid, code: told.append((clientid, code))
+    await log.gate._refresher.run_due()
+    assert ("c-dev", 0x87) in told, "and like others they lose what they were given"
+
+
+async def test_after_a_reload_an_empty_order_refuses_certificates_and_a_failure_does_what_it_does_at_a_login(
+    login: Any,
+) -> None:
+    down = Directory(IGNORE)
+    down.known = lambda client: (_ for _ in ()).throw(DOWN)
+    log = await login(instance("one", Fake(ALLOW)))
+    channel, other = await proved(log, "dev"), await proved(log, "other", auth=("one",))
+    await log.gate.replace(settings(instance("one", Fake(ALLOW)), order=()))
+    assert await log.gate.recheck([channel, other]) == 1
+    assert (channel.told, other.told) == (0x87, None)
+    await log.gate.replace(settings(instance("one", down, cache_ttl=1)))
+    assert await log.gate.recheck([other]) == 1
+    assert (await proved(log, "other")).code == 0x88
+
+
+async def test_after_a_reload_cookies_of_anonymous_clients_are_looked_at(login: Any) -> None:
+    class Cookies(Fake):
+        without_password = True
+
+    reader = Cookies(lambda client, password: Grant() if client.certificate["ws_cookie"] == "good" else IGNORE)
+    log = await login(allow_anonymous=True)
+    good, bad = [await log(None, None, cookie, ws_cookie=cookie) for cookie in ("good", "bad")]
+    nobody = await log(None, None, "n")
+    await log.gate.replace(settings(instance("cookies", reader), allow_anonymous=True))
+    assert await log.gate.recheck([good, bad, nobody]) == 1
+    assert [channel.told for channel in (good, bad, nobody)] == [None, 0x87, None]
+    assert good.principal.backend == "cookies"
+    assert (await log(None, None, "x", ws_cookie="bad")).code == 0x86
 
 
 async def test_rights_are_read_again_after_a_while_and_after_a_reload(login: Any) -> None:

@@ -88,6 +88,19 @@ async def test_z12_a_login_that_expired_takes_its_will_with_it(login: Any) -> No
     assert judged(log, {**kept, "until": time.time() - 1}) == 0
 
 
+async def test_z12_a_superusers_will_ends_with_its_login_too(login: Any) -> None:
+    """While the broker runs, and after a restart."""
+    log = await login(instance("one", Fake(Grant(superuser=True, expires_at=time.time() + 1000))))
+    who = (await log()).principal
+    kept = await terms(log)
+    assert (log.gate.may_publish(who, "a"), judged(log, kept)) == (1, 1)
+    log.gate.apply(who, Grant(superuser=True, expires_at=time.time() - 1))
+    ended = json.loads(json.dumps(log.gate.will_terms(who, "a", 1, False)))
+    assert (log.gate.may_publish(who, "a"), log.gate.publishable(who, "a"), judged(log, ended)) == (0, 0, 0)
+    assert (log.gate.may_subscribe(who, "a"), log.gate.may_receive(who, "a")) == (0, 0)
+    assert judged(log, {"backend": "one", "superuser": True}) == 1, "as written before ends were"
+
+
 async def test_the_rules_of_the_clients_own_listener_decide(login: Any) -> None:
     log = await login(instance("one", Fake(Verdict.ALLOW)), instance("rules", File(rule("a"))), no_match="deny")
     who = (await log(auth=("one",))).principal

@@ -176,6 +176,33 @@ def test_without_a_checkout_examples_are_taken_from_where_fragments_are(
         assert f"[sinks.{folder.replace('.', '')}]" in reference.reference("sinks.kafka")
 
 
+def test_fragments_in_force_are_never_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold secrets, also those with the name of a shipped one."""
+    monkeypatch.setattr(reference, "CHECKOUT", tmp_path / "conf.d")
+    (tmp_path / "conf.d").mkdir()
+    names = ("00-broker.toml", "10-accounts.toml", "30-sink-kafka.toml", "90-own.local.toml")
+    for number, name in enumerate(names):
+        secret = f'[sinks.s{number}]\nkind = "kafka"\nservers = ["hunter2:1"]\n'
+        (tmp_path / "conf.d" / name).write_text(secret)
+    (tmp_path / "conf.d" / "30-sink-kafka.toml.example").write_text('[sinks.shown]\nkind = "kafka"\n')
+    shipped = sorted(path.name for path in (ROOT / "broker" / "defaults" / "conf.d").iterdir())
+    found = [path.name for path in reference.fragments()]
+    assert found == sorted([*shipped, "30-sink-kafka.toml.example"])
+    for text in (reference.reference(), reference.reference("sinks.kafka")):
+        assert "hunter2" not in text
+        assert "[sinks.shown]" in text
+
+
+def test_every_shipped_fragment_is_in_the_reference() -> None:
+    """And as it is in the folder of a checkout."""
+    conf = ROOT / "conf.d"
+    examples = [path for path in conf.iterdir() if path.suffix == ".example"]
+    packaged = list((ROOT / "broker" / "defaults" / "conf.d").iterdir())
+    assert {path.name for path in reference.fragments()} == {path.name for path in (*examples, *packaged)}
+    for path in packaged:
+        assert path.read_text("utf-8") == (conf / path.name).read_text("utf-8"), path.name
+
+
 def test_a_kind_whose_driver_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(room: str, kind: str) -> registry.Backend:
         raise registry.MissingDriver(f"{room}.{kind} needs the package 'x': pip install 'isthmus[{kind}]'")
