@@ -1,20 +1,100 @@
-"""A table in SQL: its names, its declaration, its statement, what fits into a cell."""
+"""A table in an SQLite file: its names, its declaration, its statement, what fits into a cell, what it refuses."""
 
 from __future__ import annotations
 
 import re
 import sqlite3
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from broker.config.template import Placeholder, Template
+from broker.connectors.sql_rows import Cell, Row
+from broker.extend.sink import Fatal, NotConnected
 
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _INTEGERS = {"ts", "qos", "retain"}
 _ANY_TYPE = {"payload", "correlation_data"}  # stored as what it is: TEXT, BLOB, INTEGER, REAL
 _PLAIN: set[type] = {str, int, float, bool, type(None)}
 _POISON = {sqlite3.SQLITE_TOOBIG, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
+_LATER = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_SCHEMA,
+}  # fmt: skip
+
+
+class Table:
+    """Knows the statements; every method but `sorted` is told the connection."""
+
+    def __init__(self, path: object, name: str, columns: Mapping[str, Template]) -> None:
+        value = Value()
+        self.cells = [Cell(column, template, value, False) for column, template in columns.items()]
+        self._path = path
+        self._name = name
+        self._columns = columns
+        self._key = next((column for column, template in columns.items() if template.text == "${msgid}"), None)
+        self._insert = insert(name, list(columns), self._key)
+
+    def create(self, db: sqlite3.Connection) -> None:
+        """Where it is not there."""
+        columns = ", ".join(declare(name, template, name == self._key) for name, template in self._columns.items())
+        db.execute(f'CREATE TABLE IF NOT EXISTS "{self._name}" ({columns})')
+
+    def verify(self, db: sqlite3.Connection) -> bool:
+        """Whether it is there. Fatal names the first column it lacks; sqlite3.Error when the key is not unique."""
+        there = {row[1].lower() for row in db.execute(f'PRAGMA table_info("{self._name}")')}
+        missing = [name for name in self._columns if name.lower() not in there]
+        if there and missing:
+            raise Fatal(f"table {self._name} in {self._path} has no column {missing[0]}: add it or change `columns`")
+        if there:
+            db.execute(f"EXPLAIN {self._insert}", (None,) * len(self.cells))
+        return bool(there)
+
+    def store(self, db: sqlite3.Connection, positions: Sequence[int], ready: Sequence[Row]) -> dict[int, str]:
+        """Into a transaction, which is open afterwards: all at once; one by one when a row is refused, so that the
+        others are stored. Answers the refused ones."""
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            db.executemany(self._insert, ready)
+            return {}
+        except Exception as error:
+            if not is_poison(error):
+                raise
+        refused: dict[int, str] = {}
+        while not self._store_each(db, positions, ready, refused):
+            pass
+        return refused
+
+    def _store_each(
+        self, db: sqlite3.Connection, positions: Sequence[int], ready: Sequence[Row], refused: dict[int, str]
+    ) -> bool:
+        """Anew, without the refused. False after one whose refusal took the rows before it along, as RAISE(ROLLBACK)
+        does."""
+        db.rollback()
+        db.execute("BEGIN IMMEDIATE")
+        for position, row in zip(positions, ready, strict=True):
+            if position in refused:
+                continue
+            try:
+                db.execute(self._insert, row)
+            except Exception as error:
+                if not is_poison(error):
+                    raise
+                refused[position] = f"{self._name}: {error}"
+                if not db.in_transaction:
+                    return False
+        return True
+
+    def sorted(self, error: sqlite3.Error) -> Exception:
+        """What the sink raises for it."""
+        code = getattr(error, "sqlite_errorcode", 1) & 0xFF
+        if code in _LATER:
+            return NotConnected(f"{self._path}: {error}")
+        if "ON CONFLICT clause does not match" in str(error):
+            table, key = self._name, self._key
+            return Fatal(f"{key} of table {table} is not unique: CREATE UNIQUE INDEX {table}_{key} ON {table}({key})")
+        return Fatal(f"{self._path}: table {self._name}: {error}")
 
 
 def identifier(name: str) -> str:

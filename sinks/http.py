@@ -93,7 +93,8 @@ class HttpConfig(WebService, SinkConfig):
 
 
 class Http:
-    """One request after the other, so that order is kept; lanes are what makes it faster."""
+    """One request after the other, so that order is kept; lanes are what makes it faster. Many that had to be taken
+    apart, and then met an outage, are cut differently next time: their requests have other digests."""
 
     def __init__(self, config: HttpConfig, pool: HttpPool) -> None:
         self._config = config

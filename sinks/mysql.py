@@ -8,8 +8,6 @@ from typing import Any
 
 from asyncmy import errors
 
-from broker.config.template import Template
-from broker.connectors import sql_values as to
 from broker.connectors.mysql import BROKEN, GONE, MySqlPool, MySqlServer, describe, say
 from broker.connectors.sql import Link, Lost
 from broker.connectors.sql_rows import Cell, Row
@@ -17,6 +15,7 @@ from broker.connectors.sql_sink import Poison, TableConfig, TableSink, choose_ke
 from broker.extend.auth import BackendUnavailable
 from broker.extend.registry import Backend
 from broker.extend.sink import Fatal
+from sinks._mysql_types import converter
 
 _SIZES = (4096, 512, 64, 8, 1)  # rows of the statements that are prepared
 _MOST_VALUES = 65_535  # of one statement: its protocol counts them in two bytes
@@ -32,8 +31,6 @@ _ELSEWHERE = frozenset({1290, 1792, 1836})
 """A server that only reads: after a switch another one is asked."""
 _FATAL = frozenset({1044, 1045, 1046, 1049, 1054, 1064, 1142, 1143, 1146, 1227, 1347, 1348, 1364, 1471})
 _ROW = re.compile(r"at row ([0-9]+)$")
-_WHOLE = {"tinyint": 8, "smallint": 16, "mediumint": 24, "int": 32, "bigint": 64}
-_BINARY = frozenset({"binary", "varbinary", "tinyblob", "blob", "mediumblob", "longblob"})
 
 
 class MysqlConfig(TableConfig, MySqlServer):
@@ -51,7 +48,7 @@ class Mysql(TableSink):
         self._table = ".".join(map(_quoted, config.table.split(".")))
         self._names = list(config.columns)
         self._key: tuple[str, ...] = ()
-        self._look_again = False
+        self._look_again, self._updates = False, config.on_conflict == "update"
         self._again = ""
         self._largest = 1 << 20
 
@@ -85,7 +82,7 @@ class Mysql(TableSink):
             if "GENERATED" in extra.upper() and "DEFAULT_GENERATED" not in extra.upper():
                 raise Fatal(f"the database itself makes the values of column {name} of table {table}")
             required = nullable == "NO" and "auto_increment" not in extra
-            cells.append(Cell(name, template, _converter(kind, whole_type, template), required))
+            cells.append(Cell(name, template, converter(kind, whole_type, template), required))
         return cells
 
     def _on_conflict(self) -> str:
@@ -93,12 +90,18 @@ class Mysql(TableSink):
             return ""
         rest = [name for name in self._names if name not in self._key]
         if self._config.on_conflict == "update" and rest:
-            news = ", ".join(f"{_quoted(name)} = VALUES({_quoted(name)})" for name in rest)
+            news = ", ".join(f"{_quoted(name)} = {self._new(_quoted(name))}" for name in rest)
             return f" ON DUPLICATE KEY UPDATE {news}"
-        same = _quoted(
-            (self._key or tuple(self._names))[0]
-        )  # not INSERT IGNORE, which would hide values that do not fit
+        # not INSERT IGNORE, which would hide values that do not fit
+        same = _quoted((self._key or tuple(self._names))[0])
         return f" ON DUPLICATE KEY UPDATE {same} = {same}"
+
+    def _new(self, name: str) -> str:
+        """The new value of a column, unless it was another unique index that found the row."""
+        if not self._look_again:
+            return f"VALUES({name})"
+        ours = " AND ".join(f"{key} <=> VALUES({key})" for key in map(_quoted, self._key))
+        return f"IF({ours}, VALUES({name}), {name})"
 
     def _statement(self, count: int) -> str:
         row = f"({', '.join('?' * len(self._names))})"
@@ -107,18 +110,19 @@ class Mysql(TableSink):
 
     async def _put(self, link: Any, rows: Sequence[Row]) -> None:
         parts = list(self._parts(rows))
+        together = len(parts) > 1 or self._look_again
         start = 0
         try:
-            if len(parts) > 1:
+            if together:
                 await link.driver.begin()
             try:
                 for part in parts:
                     statement = await link.prepared(self._statement(len(part)))
                     result = await statement.execute([value for row in part for value in row])
-                    if self._look_again and result.affected_rows < len(part):
+                    if self._look_again and (self._updates or result.affected_rows < len(part)):
                         await self._must_be_there(link, part, start)
                     start += len(part)
-                if len(parts) > 1:
+                if together:
                     await link.driver.commit()
             except (Poison, errors.MySQLError):
                 await link.driver.rollback()
@@ -144,9 +148,16 @@ class Mysql(TableSink):
     async def _must_be_there(self, link: Any, part: Sequence[Row], start: int) -> None:
         """Poison for a row whose key is not in the table: another unique index refused it, silently."""
         places = [self._names.index(name) for name in self._key]
-        test = " AND ".join(f"{_quoted(name)} = ?" for name in self._key)
-        for number, row in enumerate(part):
-            if not await link.ask(f"SELECT 1 FROM {self._table} WHERE {test}", [row[i] for i in places]):
+        keys = [[row[i] for i in places] for row in part]
+        names, marks = ", ".join(map(_quoted, self._key)), f"({', '.join('?' * len(places))})"
+        # what others stored since the transaction began counts, too
+        ask = f"SELECT COUNT(*) FROM {self._table} WHERE ({names}) IN (%s) LOCK IN SHARE MODE"
+        [[there]] = await link.ask(ask % ", ".join([marks] * len(part)), [value for key in keys for value in key])
+        if there == len(set(map(tuple, keys))):
+            return
+        test = " AND ".join(f"{_quoted(name)} <=> ?" for name in self._key)
+        for number, key in enumerate(keys):
+            if not await link.ask(f"SELECT 1 FROM {self._table} WHERE {test} LIMIT 1 LOCK IN SHARE MODE", key):
                 raise Poison("another unique index holds such a row already", start + number)
 
     def _sorted(self, error: BaseException, link: Link, start: int) -> Exception:
@@ -162,23 +173,6 @@ class Mysql(TableSink):
         if code in _LATER:
             return BackendUnavailable(where)
         return Fatal(f"{where} ({self._config.table})") if code in _FATAL else RuntimeError(where)
-
-
-def _converter(kind: str, whole_type: str, template: Template) -> to.Convert:
-    if bits := _WHOLE.get(kind):
-        half = 1 << (bits - 1)
-        return to.Whole(0, 2 * half - 1) if "unsigned" in whole_type else to.Whole(-half, half - 1)
-    if kind in _BINARY:
-        return to.packed_hex if template.text == "${msgid}" else to.binary
-    if kind == "json" and not to.is_json_text(template):
-        return to.json_value
-    known: dict[str, to.Convert] = {
-        "float": to.Real(3.4e38),
-        "double": to.Real(),
-        "decimal": to.decimal_text,
-        "date": to.day_text,
-    }
-    return known.get(kind) or (to.moment_text if kind in ("datetime", "timestamp") else to.text)
 
 
 def _length(value: Any) -> int:

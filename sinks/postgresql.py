@@ -18,6 +18,7 @@ from broker.connectors.sql_sink import Poison, TableConfig, TableSink, choose_ke
 from broker.extend.auth import BackendUnavailable
 from broker.extend.registry import Backend
 from broker.extend.sink import Fatal
+from sinks._postgresql_types import TYPES
 
 _AFTER_CONFLICT = 20  # batches for which rows that are there already are expected
 _FEW = 500  # rows below which one statement is quicker than a transaction of four
@@ -25,27 +26,8 @@ _POISON = ("22", "23", "21000", "44000", "54000", "P0001")
 _FATAL = ("0A", "28", "2F", "3D", "3F", "42")
 _LATER = ("08", "40", "53", "55", "57", "58", "XX")
 _ELSEWHERE = ("25006", "57P01", "57P02", "57P03", "57P05", "08")  # a standby after a switch, a server that goes down
+_CHECKS = "ExecWithCheckOptions"  # refuses a row for the policies of a table, with the code of a missing right
 _LINE = re.compile(r"COPY [^\n]*, line ([0-9]+)")
-
-_TYPES: dict[str, tuple[str, to.Convert]] = {
-    "int2": ("int2", to.Whole(-(1 << 15), (1 << 15) - 1)),
-    "int4": ("int4", to.Whole(-(1 << 31), (1 << 31) - 1)),
-    "int8": ("int8", to.Whole(-(1 << 63), (1 << 63) - 1)),
-    "float4": ("float4", to.Real(3.4e38)),
-    "float8": ("float8", to.Real()),
-    "numeric": ("numeric", to.decimal),
-    "bool": ("bool", to.boolean),
-    "text": ("text", to.text_without_nul),
-    "varchar": ("text", to.text_without_nul),
-    "bpchar": ("text", to.text_without_nul),
-    "bytea": ("bytea", to.binary),
-    "timestamptz": ("timestamptz", to.moment),
-    "timestamp": ("timestamp", to.local_moment),
-    "date": ("date", to.day),
-    "json": ("json", to.text_without_nul),
-    "jsonb": ("jsonb", to.text_without_nul),
-}
-"""Type of a column -> the type values are sent as, and how they are made. Any other is sent as text, and cast."""
 
 
 class PostgresqlConfig(TableConfig, PostgresServer):
@@ -114,7 +96,7 @@ class Postgresql(TableSink):
             base, shown, required, generated = found[name]
             if generated:
                 raise Fatal(f"the database itself makes the values of column {name} of table {table}")
-            kind, convert = _TYPES.get(base, ("", to.text_without_nul))
+            kind, convert = TYPES.get(base, ("", to.text_without_nul))
             if not kind and self._config.mode == "copy":
                 raise Fatal(f'column {name} is {shown}, which cannot be copied: write mode = "staging"')
             if base in ("json", "jsonb") and not to.is_json_text(template):
@@ -168,8 +150,8 @@ class Postgresql(TableSink):
         return False
 
     async def _stage(self, driver: Any, rows: Sequence[Row]) -> None:
-        await driver.execute(self._begin)
         try:
+            await driver.execute(self._begin)
             await driver.copy_records_to_table(self._staging, records=rows, columns=self._names)
             await driver.execute(self._merge)
         except exceptions.PostgresError:
@@ -181,7 +163,7 @@ class Postgresql(TableSink):
         state = getattr(error, "sqlstate", None) or ""
         if isinstance(error, (*REMADE, *GONE)) or state.startswith(_ELSEWHERE):
             return Lost(where)
-        if state.startswith(_POISON):
+        if state.startswith(_POISON) or getattr(error, "server_source_function", None) == _CHECKS:
             line = _LINE.search(getattr(error, "context", None) or "")
             return Poison(say(error), int(line[1]) - 1 if line and not self._key else None)
         if state.startswith(_LATER):

@@ -14,19 +14,14 @@ from pydantic import Field, field_validator, model_validator
 
 from broker.config.template import Template
 from broker.config.types import ConfigPath, Duration
-from broker.connectors.sql_rows import Cell, Row, rows
+from broker.connectors.sql_rows import rows
 from broker.extend.record import RecordTemplate
 from broker.extend.registry import Backend
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record, SinkConfig
 from sinks._sqlite_retention import Retention, Trimmer
-from sinks._sqlite_table import Value, declare, identifier, insert, is_poison
+from sinks._sqlite_table import Table, identifier
 
 _CLOSE_WITHIN = 4.0
-
-_LATER = {
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
-    sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_SCHEMA,
-}  # fmt: skip
 
 
 class SqliteConfig(SinkConfig):
@@ -74,11 +69,8 @@ class Sqlite:
 
     def __init__(self, config: SqliteConfig) -> None:
         self._config = config
-        value = Value()
-        self._cells = [Cell(name, template, value, False) for name, template in config.columns.items()]
+        self._table = Table(config.path, config.table, config.columns)
         self._trimmer = Trimmer(config.table, config.columns, config.retention)
-        self._key = next((name for name, template in config.columns.items() if template.text == "${msgid}"), None)
-        self._insert = insert(config.table, list(config.columns), self._key)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"sqlite-{config.name}")
         self._db: sqlite3.Connection | None = None
         self._inode: tuple[int, int] | None = None
@@ -106,41 +98,23 @@ class Sqlite:
     # in the thread
 
     def _write(self, batch: Sequence[Record]) -> None:
-        positions, ready, failed = rows(self._cells, batch)
+        positions, ready, failed = rows(self._table.cells, batch)
         try:
             db = self._current() or self._open()
-            db.execute("BEGIN IMMEDIATE")
-            failed |= self._store(db, positions, ready)
+            refused = self._table.store(db, positions, ready)
             self._trimmer.trim(db, len(ready))
+            if not db.in_transaction:  # the table holds on to its rows, and its refusal took those of the batch along
+                refused = self._table.store(db, positions, ready)
             db.execute("COMMIT")
+            failed |= refused
         except sqlite3.Error as error:
             self._forget()
-            raise self._classify(error) from error
+            raise self._table.sorted(error) from error
         except BaseException:
             self._forget()
             raise
         if failed:
             raise BatchFailed(failed)
-
-    def _store(self, db: sqlite3.Connection, positions: list[int], ready: list[Row]) -> dict[int, str]:
-        """All at once; one by one when a row is refused, so that the others are stored. Answers the refused ones."""
-        try:
-            db.executemany(self._insert, ready)
-            return {}
-        except Exception as error:
-            if not is_poison(error):
-                raise
-        db.execute("ROLLBACK")
-        db.execute("BEGIN IMMEDIATE")
-        refused = {}
-        for position, row in zip(positions, ready, strict=True):
-            try:
-                db.execute(self._insert, row)
-            except Exception as error:
-                if not is_poison(error):
-                    raise
-                refused[position] = f"{self._config.table}: {error}"
-        return refused
 
     def _current(self) -> sqlite3.Connection | None:
         """The open connection, unless somebody removed or replaced the file: rows in a removed file are lost."""
@@ -159,8 +133,7 @@ class Sqlite:
         self._trimmer.prepare(db)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")
-        columns = ", ".join(declare(name, t, name == self._key) for name, t in self._config.columns.items())
-        db.execute(f'CREATE TABLE IF NOT EXISTS "{self._config.table}" ({columns})')
+        self._table.create(db)
         self._verify(db)
         self._inode = _inode(path)
         return db
@@ -177,7 +150,7 @@ class Sqlite:
             db = self._connect(f"{path.as_uri()}?mode=ro")
             self._verify(db)
         except sqlite3.Error as error:
-            raise self._classify(error) from error
+            raise self._table.sorted(error) from error
         finally:
             if db is not None:
                 db.close()
@@ -190,29 +163,13 @@ class Sqlite:
         )
 
     def _verify(self, db: sqlite3.Connection) -> None:
-        """Fatal names the first column the table lacks, or says that the key is not unique."""
-        table = self._config.table
-        there = {row[1].lower() for row in db.execute(f'PRAGMA table_info("{table}")')}
-        missing = [name for name in self._config.columns if name.lower() not in there]
-        if there and missing:
-            raise Fatal(f"table {table} in {self._config.path} has no column {missing[0]}: add it or change `columns`")
-        if there:
-            db.execute(f"EXPLAIN {self._insert}", (None,) * len(self._cells))
+        if self._table.verify(db):
             self._trimmer.verify(db)
 
     def _forget(self) -> None:
         db, self._db = self._db, None
         if db is not None:
             db.close()  # rolls back what was not committed
-
-    def _classify(self, error: sqlite3.Error) -> Exception:
-        code = getattr(error, "sqlite_errorcode", 1) & 0xFF
-        if code in _LATER:
-            return NotConnected(f"{self._config.path}: {error}")
-        if "ON CONFLICT clause does not match" in str(error):
-            table, key = self._config.table, self._key
-            return Fatal(f"{key} of table {table} is not unique: CREATE UNIQUE INDEX {table}_{key} ON {table}({key})")
-        return Fatal(f"{self._config.path}: table {self._config.table}: {error}")
 
 
 async def open_sqlite(config: SqliteConfig) -> Sqlite:

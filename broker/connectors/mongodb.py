@@ -47,6 +47,10 @@ REJECTED = {13, 18, 20, 26, 59, 72, 73, 8000}
 """Unauthorized, AuthenticationFailed, IllegalOperation, NamespaceNotFound, CommandNotFound,
 InvalidOptions, InvalidNamespace, Atlas' own refusal."""
 
+_UNFIT = frozenset({2, 9, 14, 15, 22, 10334})
+"""BadValue, FailedToParse, TypeMismatch, Overflow, InvalidBSON, BSONObjectTooLarge: of a whole command, in which
+some document is to blame, nobody says which."""
+
 
 class MongoServer(Endpoint):
     """The keys of every table that talks to MongoDB."""
@@ -138,7 +142,7 @@ class MongoPool:
     async def write(self, collection: str, writes: Sequence[Write]) -> list[dict[str, Any]]:
         """All of them, in no order, on the disks of a majority. Answers what the server says about each document it
         refused (``index``, ``code``, ``errmsg``); all others are stored. Raises Rejected, BackendUnavailable: then
-        nobody knows which are."""
+        nobody knows which are; RuntimeError when the server cannot take them in one command because of one of them."""
         target = self._database.get_collection(collection, write_concern=_SAFE)
 
         async def ask() -> list[dict[str, Any]]:
@@ -150,6 +154,10 @@ class MongoPool:
                     raise BackendUnavailable(f"{self}: not on a majority: {unsafe[0].get('errmsg')}") from None
                 refused: list[dict[str, Any]] = error.details["writeErrors"]
                 return refused
+            except OperationFailure as error:
+                if error.code in _UNFIT:
+                    raise RuntimeError(f"{self}: {_say(error)}") from None
+                raise
             return []
 
         return await self._run(ask)

@@ -6,8 +6,10 @@ else a moment later changes nothing.
 
 from __future__ import annotations
 
+import re
 import socket
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from unicodedata import normalize
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -55,12 +57,9 @@ class Guard(AbstractResolver):
         return not any(found in network for network in _FORBIDDEN)
 
     def check(self, host: str) -> None:
-        """ValueError where the host is an address that is not allowed; a name is looked at when it is looked up."""
-        try:
-            ip_address(host)
-        except ValueError:
-            return
-        if not self.allows(host):
+        """ValueError where the host is an address that is not allowed, or written so that only some take it for one; a
+        name is looked at when it is looked up."""
+        if _is_numeric(host) and not self.allows(host):
             raise ValueError(f"no connection may go to {host}; `networks` can name what is allowed")
 
     async def resolve(
@@ -78,6 +77,13 @@ class Guard(AbstractResolver):
     async def close(self) -> None:
         if self._names is not None:
             await self._names.close()
+
+
+def _is_numeric(host: str) -> bool:
+    """Whether somebody may take it for an address: its last part is a number, which no name ends with. That is so of
+    `2852039166`, `0251.0376.0251.0376` and `0xa9fea9fe`, whatever digits and dots of Unicode they are written with."""
+    last = normalize("NFKC", host).replace("\u3002", ".").rstrip(".").rpartition(".")[2]
+    return ":" in host or last.isdigit() or re.fullmatch("0[xX][0-9a-fA-F]*", last) is not None
 
 
 def _meant(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:

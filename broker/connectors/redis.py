@@ -392,7 +392,13 @@ async def _exchange(client: Any, commands: Sequence[Command]) -> list[Any]:
     try:
         await connection.send_packed_command([_packed(commands)])
         read = connection._parser.read_response  # the public one sets a timer; our caller has one for all
-        return [await read() for _ in commands]
+        answers = [await read() for _ in commands]
+        if any(isinstance(answer, exceptions.ReadOnlyError) for answer in answers):
+            await connection.disconnect(nowait=True)  # no master any more: the sentinels are asked for the new one
+        return answers
+    except OSError as error:
+        await connection.disconnect(nowait=True)
+        raise exceptions.ConnectionError(_say(error)) from None
     except BaseException:
         await connection.disconnect(nowait=True)  # an answer under way is not the next caller's
         raise

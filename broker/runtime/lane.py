@@ -197,6 +197,7 @@ class Lane(Handler):
                 self._outstanding = []
                 if self._conn is not None:
                     self._conn.abort()
+                self._receipts.lost((), self._receipts.epoch)  # what outlived a connection is not being written either
                 await asyncio.sleep(1.0)
 
     async def _gather(self) -> list[Publish]:

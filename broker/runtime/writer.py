@@ -88,12 +88,12 @@ class Writer:
         """
         refused: dict[int, tuple[str, int]] = {}
         wait = FullJitter()
-        parts = [(0, len(records), 1)]
+        parts = [(0, len(records), 1, 0)]
         while parts:
-            low, high, attempt = parts.pop()
+            low, high, attempt, defects = parts.pop()
             part = records if high - low == len(records) else records[low:high]
             await self.opened()
-            again = (low, high, attempt + 1)
+            again = (low, high, attempt + 1, defects)
             try:
                 await self._write_once(part)
             except BatchFailed as error:
@@ -109,16 +109,17 @@ class Writer:
                 await self._retry(error, wait)
                 continue
             except Exception as error:
-                if high - low == 1 and attempt >= _DEFECTS and await self._answers():
+                defects += 1  # apart from the attempts: an outage says nothing about a record
+                if high - low == 1 and defects >= _DEFECTS and await self._answers():
                     _log.error("a record fails for a reason the sink does not know", exc_info=error)
                     refused[low] = (self._describe(f"{type(error).__name__}: {error}"), attempt)
-                elif attempt < _DEFECTS or high - low == 1:
+                elif defects < _DEFECTS or high - low == 1:
                     _log.error("write failed for a reason the sink does not know", exc_info=error)
-                    parts.append(again)
+                    parts.append((low, high, attempt + 1, defects))
                     await self._retry(error, wait)
                     continue
                 else:
-                    parts.extend(_split(low, high, attempt + 1))
+                    parts.extend(_split(low, high, attempt + 1, defects))
                     continue
             wait.reset()
             self.recover()
@@ -192,7 +193,7 @@ class Writer:
         return waited if waited > _SLOW else 0.0
 
 
-def _split(low: int, high: int, attempt: int) -> list[tuple[int, int, int]]:
+def _split(low: int, high: int, attempt: int, defects: int) -> list[tuple[int, int, int, int]]:
     """About the square root of the records per part: two rounds reach single records. The last part comes first."""
     step = max(1, math.isqrt(high - low) if high - low > 8 else 1)
-    return [(start, min(start + step, high), attempt) for start in range(low, high, step)][::-1]
+    return [(start, min(start + step, high), attempt, defects) for start in range(low, high, step)][::-1]

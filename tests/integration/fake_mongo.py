@@ -66,7 +66,7 @@ class FakeMongo:
                     writer.write(_HEADER.pack(16 + len(data), 0, request, OP_REPLY) + data)
                 elif kind == OP_MSG:
                     (flags,) = struct.unpack_from("<I", body)
-                    command = bson.decode(body[5 : 5 + struct.unpack_from("<i", body, 5)[0]])
+                    command = _command(body[4:])
                     if flags & 1 << 16:  # an exhaust hello would be answered again and again; once is allowed
                         flags = 0
                     data = struct.pack("<I", 0) + b"\0" + bson.encode(self._answer(command))
@@ -107,3 +107,14 @@ class FakeMongo:
             cursor = {"id": bson.Int64(0), "ns": f"{command['$db']}.{command['find']}", "firstBatch": found}
             return {"ok": 1.0, "cursor": cursor}
         return {"ok": 1.0}
+
+
+def _command(sections: bytes) -> dict[str, Any]:
+    """The document of an OP_MSG; the sequences that follow it are lists in it, as they would be without."""
+    end = 1 + struct.unpack_from("<i", sections, 1)[0]
+    command = bson.decode(sections[1:end])
+    while end < len(sections) and sections[end] == 1:
+        start, end = end + 5, end + 1 + struct.unpack_from("<i", sections, end + 1)[0]
+        name, _, documents = sections[start:end].partition(b"\0")
+        command[name.decode()] = bson.decode_all(documents)
+    return command

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 pytest.importorskip("pymongo")
 
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record
+from broker.runtime.writer import Writer
 from sinks.mongodb import BACKEND, MongodbConfig
 from tests import nosql_servers
 from tests.integration.fake_mongo import FakeMongo
@@ -230,6 +231,26 @@ async def test_what_follows_from_the_code_of_a_refused_document(code: int, outco
         with pytest.raises(outcome, match="because"):
             await sink.write(records(1, 2))
         assert member.commands[0]["writeConcern"] == {"w": "majority"}
+
+
+@pytest.mark.parametrize("code", [2, 22, 10334])
+async def test_s07_a_command_refused_as_a_whole_is_taken_apart(code: int) -> None:
+    """S-07: the server does not say which document it was; whoever writes finds out."""
+
+    class Judge(Member):
+        def _answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
+            answer = super()._answer(command)
+            if "insert" in command and any(document["clientid"] == "bad" for document in command["documents"]):
+                return {"ok": 0.0, "code": code, "codeName": "Bad", "errmsg": "because"}
+            return answer
+
+    async with Judge() as member, opened(BACKEND, member.raw) as sink:
+        gate = asyncio.Event()
+        gate.set()
+        batch = [*records(*range(1, 10)), *records(10, clientid="bad"), *records(*range(11, 20))]
+        refused = await asyncio.wait_for(Writer(sink, gate=gate).write(batch), 30)
+        assert list(refused) == [9]
+        assert "because" in refused[9][0]
 
 
 async def test_what_no_majority_has_comes_again() -> None:

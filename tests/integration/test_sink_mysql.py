@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from broker.extend.registry import Backend
-from broker.extend.sink import BatchFailed, Fatal
+from broker.extend.sink import BatchFailed, Fatal, Record
 from sinks.mysql import BACKEND
 from tests.integration.sql_sink_suite import SqlSinkSuite, deliver, record, records
 from tests.sql_servers import Mariadb, SqlServer, mariadb, or_skip
@@ -132,6 +132,32 @@ class TestMysql(SqlSinkSuite):
         await sink.write([record(n, {"a": value}) for n, value in enumerate(values)])
         rows = await self.stored(server, database)
         assert [row[0] for row in rows] == [None, "x", "5", "true", "1.5", None, '{"b":null}', "", "0"] * 80
+
+    @pytest.mark.parametrize("order", [("clientid", "serial"), ("serial", "clientid")])
+    async def test_s07_an_update_never_overwrites_what_another_unique_index_found(
+        self, open: Any, server: Mariadb, order: tuple[str, str]
+    ) -> None:
+        """S-07: neither the row of another device is changed, nor the refused one taken for stored."""
+        unique = ", ".join(f"unique ({name})" for name in order)
+        database = await server.create(
+            f"create table readings (n int auto_increment primary key, clientid varchar(40) not null, "
+            f"serial varchar(40) not null, value int, {unique})"
+        )
+        columns = {"clientid": "${clientid}", "serial": "${payload.serial}", "value": "${payload.value}"}
+        sink = await open(database, columns=columns, key=["clientid"], on_conflict="update")
+
+        def told(number: int, device: str, serial: str) -> Record:
+            return record(number, {"serial": serial, "value": number}, clientid=device)
+
+        await sink.write([told(1, "a", "s1"), told(2, "b", "s2")])
+        with pytest.raises(BatchFailed, match="another unique index") as failed:
+            await sink.write([told(3, "a", "s1"), told(4, "c", "s2"), told(5, "d", "s5"), told(6, "a", "s1")])
+        assert list(failed.value.failed) == [1]
+        rows = await server.execute("select clientid, serial, value from readings order by clientid", database=database)
+        assert rows == [("a", "s1", 6), ("b", "s2", 2), ("d", "s5", 5)]
+        many = [told(n, f"dev-{n % 300}", f"s-{n % 300}") for n in range(1000)]
+        await sink.write(many)
+        assert (await server.execute("select count(*), max(value) from readings", database=database)) == [(303, 999)]
 
     async def test_a_generated_column_is_refused(self, open: Any, server: Mariadb) -> None:
         database = await server.create("create table readings (msgid char(32) primary key, n int as (1 + 1))")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from broker.client.session import Publisher
 from broker.extend.registry import Backend
-from broker.extend.sink import BatchFailed, Fatal
+from broker.extend.sink import BatchFailed, Fatal, NotConnected
 from sinks.postgresql import BACKEND
 from tests.broker import Broker
 from tests.fragments import shipped
@@ -191,6 +191,45 @@ class TestPostgresql(SqlSinkSuite):
         await view.check()
         await view.write([record(n, {"value": n % 900}) for n in range(600, 1200)])
         assert len(await self.values(server, database)) == 1200
+
+    async def test_s07_a_row_that_a_policy_refuses_stops_no_other(
+        self, open: Any, server: Postgresql, database: str
+    ) -> None:
+        """S-07; a right that is missing still stops the sink."""
+        await server.execute(
+            "do $$ begin create user writer password 'writer-pw'; exception when duplicate_object then null; end $$",
+            "grant all on readings to writer", "grant all on sequence readings_n_seq to writer",
+            "alter table readings enable row level security",
+            "create policy small on readings to writer using (true) with check (value <> 7 and value <> 600)",
+            database=database,
+        )  # fmt: skip
+        sink = await open(database, dsn=server.dsn(database, user="writer"), password="writer-pw")
+        for count, bad in ((20, [7]), (800, [7, 600])):
+            with pytest.raises(BatchFailed, match="row-level security") as failed:
+                await sink.write(records(*range(count)))
+            assert list(failed.value.failed) == bad
+        assert await self.values(server, database) == [n for n in range(800) if n not in (7, 600)]
+        await server.execute("revoke insert on readings from writer", database=database)
+        with pytest.raises(Fatal, match="permission denied"):
+            await sink.write(records(900))
+
+    async def test_a_transaction_that_could_not_begin_is_ended(
+        self, open: Any, server: Postgresql, database: str
+    ) -> None:
+        """The connection is used again, which an aborted transaction would not allow."""
+        sink = await open(database, mode="staging")
+        await server.execute(
+            "create function full() returns event_trigger language plpgsql as "
+            "$$ begin raise exception 'could not extend file' using errcode = '53100'; end $$",
+            "create event trigger no_room on ddl_command_start execute function full()",
+            database=database,
+        )
+        for _ in range(2):
+            with pytest.raises(NotConnected, match="could not extend file"):
+                await sink.write(records(1))
+        await server.execute("drop event trigger no_room", database=database)
+        await sink.write(records(1))
+        assert await self.values(server, database) == [1]
 
     async def test_a_generated_column_is_refused(self, open: Any, server: Postgresql) -> None:
         database = await server.create(

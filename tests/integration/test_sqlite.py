@@ -121,6 +121,28 @@ async def test_s07_only_the_refused_record_fails_and_the_others_are_stored(opene
     assert rows(tmp_path / "t.db", "SELECT count(*) FROM messages") == [(98,)]
 
 
+@pytest.mark.parametrize("refusal", ["select raise(rollback, 'never')", "insert into marks values (1)"])
+async def test_s07_a_refusal_that_ends_the_transaction_costs_no_other_record(
+    opened: Any, tmp_path: Path, refusal: str
+) -> None:
+    """S-07."""
+    with closing(sqlite3.connect(tmp_path / "t.db")) as db:
+        db.executescript(f"""
+            CREATE TABLE messages (msgid TEXT PRIMARY KEY, time, clientid, topic, payload);
+            CREATE TABLE marks (mark UNIQUE ON CONFLICT ROLLBACK);
+            INSERT INTO marks VALUES (1);
+            CREATE TRIGGER no BEFORE INSERT ON messages WHEN new.payload = 'bad' BEGIN {refusal}; END""")
+    sink = await opened()
+    batch = [*records(0, 1), *records(2, payload=b"bad"), *records(3), *records(4, 5, payload=b"bad"), *records(6)]
+    for _ in range(2):
+        with pytest.raises(BatchFailed) as failed:
+            await sink.write(batch)
+        assert list(failed.value.failed) == [2, 4, 5]
+        assert [int(row[0], 16) for row in rows(tmp_path / "t.db", "SELECT msgid FROM messages ORDER BY rowid")] == [
+            0, 1, 3, 6,
+        ]  # fmt: skip
+
+
 async def test_a_number_sqlite_cannot_hold_is_refused(opened: Any, tmp_path: Path):
     sink = await opened(columns={"v": "${payload.v}"})
     with pytest.raises(BatchFailed) as failed:

@@ -105,6 +105,41 @@ async def test_rows_without_a_time_are_kept_and_a_table_that_holds_on_to_its_row
     assert [r.getMessage() for r in caplog.records] == ["old rows cannot be removed: never"], "said once"
 
 
+@pytest.mark.parametrize("ts", [None, int(time.time() * 1000) + 365 * DAY])
+async def test_rows_without_a_time_or_with_one_to_come_do_not_keep_those_behind_them(
+    opened: Any, tmp_path: Path, ts: int | None
+) -> None:
+    sink = await opened(retention={"max_age": "1d"})
+    await sink.write([Record("t/1", b"x", msgid=f"{n:032x}", ts=ts) for n in range(2_500)])
+    with closing(sqlite3.connect(tmp_path / "t.db")) as db, db:
+        old = [(f"{n:032x}", int(time.time() * 1000) - 2 * DAY) for n in range(3_000, 4_000)]
+        db.executemany("insert into messages (msgid, time) values (?, ?)", old)
+    for n in range(5_000, 5_005):
+        await sink.write(records(n))
+    assert numbers(tmp_path) == [*range(2_500), *range(5_000, 5_005)]
+
+
+async def test_a_table_that_was_emptied_is_trimmed_from_its_first_row(opened: Any, tmp_path: Path) -> None:
+    sink = await opened(retention={"max_age": "1d"})
+    await sink.write([Record("t/1", b"x", msgid=f"{n:032x}") for n in range(1_500)])
+    await sink.write(records(2_000))
+    with closing(sqlite3.connect(tmp_path / "t.db")) as db, db:
+        db.execute("delete from messages")
+    await sink.write(records(2_001))
+    await sink.write(records(2_002, ago=2 * DAY))
+    assert numbers(tmp_path) == [2_001]
+
+
+async def test_a_table_that_rolls_a_removal_back_is_still_written(opened: Any, tmp_path: Path) -> None:
+    sink = await opened(retention={"max_age": "1d"})
+    await sink.write(records(1))
+    with closing(sqlite3.connect(tmp_path / "t.db")) as db:
+        db.execute("create trigger no before delete on messages begin select raise(rollback, 'never'); end")
+    await sink.write(records(2, ago=2 * DAY))
+    await sink.write(records(3))
+    assert numbers(tmp_path) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     "keys",
     [

@@ -45,6 +45,24 @@ def test_only_addresses_are_judged_before_they_are_looked_up() -> None:
         guard.check("169.254.169.254")
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "2852039166", "169.254.43518", "0251.0376.0251.0376", "0xa9fea9fe", "0xA9.0xfe.0xa9.0xfe", "169.254.169.254.",
+        "１６９.254.169.254", "169。254。169。254", "169．254．169．254", "２８５２０３９１６６", "fe80::1%eth0",
+    ],
+)  # fmt: skip
+def test_s19_what_only_some_take_for_an_address_is_no_name(host: str) -> None:
+    """S-19: getaddrinfo, or whatever makes the host ready for it, may see the metadata service here."""
+    with pytest.raises(ValueError, match="no connection may go to"):
+        Guard().check(host)
+
+
+def test_names_with_numbers_are_names() -> None:
+    for name in ("4711.example", "0xbad.example.com", "dead.beef", "web1", "metadata", "0x1g"):
+        Guard().check(name)
+
+
 async def test_s19_a_name_is_looked_up_once_and_only_its_allowed_addresses_are_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from broker.extend.sink import Batch, BatchFailed, NotConnected
 from broker.mqtt.properties import Properties, encode_properties
 from broker.runtime import lane
 from broker.runtime.attach import Internal
-from broker.runtime.dead_letters import DeadLetters
+from broker.runtime.dead_letters import DeadLetters, Refused
 from broker.runtime.lane import Lane
 from broker.runtime.state import State
 from broker.runtime.writer import Writer
@@ -198,6 +198,30 @@ async def test_what_only_waited_when_the_connection_was_lost_is_written_once(bro
         rig.sink.hold.set()
         await broker.until_answered(LANE)
         assert rig.sink.payloads == [b"0", b"1", b"2", b"3", b"4"]
+
+
+async def test_what_failed_unexpectedly_after_its_connection_was_lost_is_written_when_it_comes_again(
+    broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Rig(broker, in_order=True, linger=0.1) as rig:
+        bury, failures = rig.letters.bury, iter([ValueError("odd")])
+
+        async def fail(letters: Sequence[Refused]) -> None:
+            for error in failures:
+                raise error
+            await bury(letters)
+
+        monkeypatch.setattr(rig.letters, "bury", fail)
+        rig.sink.hold = asyncio.Event()
+        rig.sink.errors = [BatchFailed({0: "bad"})]
+        for i in range(3):
+            broker.deliver(LANE, "a", str(i).encode(), qos=1 + i % 2)
+        await rig.sink.entered.wait()
+        broker.drop(LANE)
+        await broker.until_attached(LANE, times=2)
+        rig.sink.hold.set()
+        await broker.until_answered(LANE)
+        assert rig.sink.payloads == [b"0", b"1", b"2"]
 
 
 async def test_the_lane_attaches_again_within_two_seconds(broker: FakeBroker) -> None:

@@ -76,6 +76,14 @@ async def test_a_record_is_not_blamed_while_the_destination_does_not_answer() ->
     assert sink.checks == 3
 
 
+async def test_s07_an_outage_is_no_evidence_against_a_record() -> None:
+    """S-07: one defect after an outage is the first, however often was tried before."""
+    sink = FakeSink()
+    sink.errors = [NotConnected("down"), NotConnected("down"), KeyError("odd")]
+    assert await writer(sink).write(records(1)) == {}
+    assert sink.payloads == [b"0"]
+
+
 async def test_s08_every_record_is_poison_and_all_are_refused() -> None:  # S-08
     sink = FakeSink()
 
