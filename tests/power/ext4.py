@@ -1,7 +1,9 @@
 """Pulls the plug of a real file system: ext4 on a loop device, shut down in mid-flight. Linux, root.
 
 EXT4_IOC_SHUTDOWN without flushing the journal leaves the image as a power cut would: what was not synced is gone, and
-every write and sync afterwards fails with EIO. So whatever was acknowledged, at any time, has to be there.
+every write and sync afterwards fails with EIO. One that is on its way at that moment may be reported done without being
+so (seen on Linux 6.18: a thread that appends with O_DSYNC, one write lost in 13 of 120 shut-downs, never one that had
+returned before). No machine without power says anything, so what counts is what was acknowledged before.
 """
 
 from __future__ import annotations
@@ -125,36 +127,37 @@ def rounds(where: Path, count: int, seed: int, *, configuration: str = "") -> Ou
     for number in range(count):
         place = where / f"{number:03}"
         with volume(place) as disk:
-            notes, finding = _round(place, disk, random.Random(seed * 1_000 + number), configuration)
-        outcome.acknowledged += notes.promises(sys.maxsize)
+            finding = _round(place, disk, random.Random(seed * 1_000 + number), configuration)
+        outcome.acknowledged += finding.promises
         outcome.found.append(finding)
     return outcome
 
 
-def _round(place: Path, disk: Volume, chance: random.Random, configuration: str) -> tuple[Notes, Finding]:
+def _round(place: Path, disk: Volume, chance: random.Random, configuration: str) -> Finding:
     machine, notes = Machine(place), Notes()
     machine.write("00-power.toml", load.OPEN)
     if configuration:
         machine.write("50-power.toml", configuration)
     try:
         machine.start()
-        asyncio.run(_pull(machine, disk, notes, chance))
+        cut = asyncio.run(_pull(machine, disk, notes, chance))
     finally:
         if machine._process is not None:
             machine.stop(signal.SIGKILL)
     disk.unmount()
     disk.mount()
-    # an acknowledgement followed a sync that succeeded, so none of them came too late to count
-    return notes, asyncio.run(read(machine, notes, sys.maxsize))
+    return asyncio.run(read(machine, notes, cut))
 
 
-async def _pull(machine: Machine, disk: Volume, notes: Notes, chance: random.Random) -> None:
-    """Load, plug pulled in the middle of it, a moment for what the broker says then, and its end."""
+async def _pull(machine: Machine, disk: Volume, notes: Notes, chance: random.Random) -> int:
+    """Load, plug pulled in the middle of it, a moment for what the broker says then, and its end. Returns when."""
     running = asyncio.create_task(load.run(machine.url, notes, seconds=5, rate=400, seed=chance.randrange(1 << 30)))
     await asyncio.sleep(chance.uniform(0.2, 1.2))
     if running.done():
         raise RuntimeError(f"the load ended before the cut:\n{machine.process.tail()}")
+    cut = load.now()  # what the clients have read by now: nothing of theirs runs until the plug is pulled
     disk.shut_down()
     await asyncio.sleep(0.1)
     machine.process.popen.kill()
     await running
+    return cut

@@ -158,6 +158,7 @@ class Producer(_Client):
             del self._flying[packet_id]
             return
         message.promised = message.promised or at
+        self.notes.sessions.setdefault(self.stream, at)  # CONNACK promised nothing yet: the session was empty
         if packet_type == PacketType.PUBREC:
             conn.ack(PacketType.PUBREL, packet_id)
         else:
@@ -298,7 +299,6 @@ class _Load:
     async def _produce(self, stream: str, qos: int) -> None:
         producer, chance = Producer(self._notes, stream, qos), self._chance
         conn = await self._connect(stream, producer)
-        self._notes.sessions[stream] = now()
         sent, began = 0, time.monotonic()
         while (at := time.monotonic()) < self._end and not producer.lost:
             while sent < (at - began) * self._rate and not producer.busy:
