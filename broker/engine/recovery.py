@@ -335,7 +335,7 @@ class Recovery:
             for seq in released:
                 if inflight.state((seq - 1) % 65535 + 1) == FREE:
                     inflight.put((seq - 1) % 65535 + 1, RELEASED, b"", b"")
-            inflight.next_id = (spool.next_seq - 1) % 65535 + 1
+            inflight.next_id = released[-1] % 65535 + 1  # their order is told by it, and much more may wait behind them
             if not alive:
                 spool.sent = spool.next_seq
         if alive:

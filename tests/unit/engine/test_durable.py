@@ -820,6 +820,19 @@ def bad_records() -> list[bytes]:
     ]  # fmt: skip
 
 
+def test_releases_are_repeated_in_their_order_however_much_waits_behind_them() -> None:
+    """P-39: identifiers begin again after 65 535, so the order cannot be told from what was queued last."""
+    disk = StoredBench().store.disk
+    fields = {
+        "c": "s", "o": None, "k": 1, "on": False, "x": 0, "e": 10.0, "w": 50, "v5": False, "will": None,
+        "n": 65_546, "f": 1, "s": 21, "open": [], "rel": list(range(1, 21)), "gone": [], "marks": [], "subs": [],
+    }  # fmt: skip
+    disk.put(records.encode_json(records.META, 900, fields))
+    bench = StoredBench(disk)
+    s = resume(bench, "s")
+    assert s.bytes().endswith(b"".join(ack(PUBREL, ident) for ident in range(1, 21)))
+
+
 @pytest.mark.parametrize("number", range(len(bad_records())))
 def test_a_bad_record_is_left_out_alone(bench: StoredBench, number: int) -> None:
     """D-11"""
