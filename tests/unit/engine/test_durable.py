@@ -821,7 +821,7 @@ def bad_records() -> list[bytes]:
 
 
 def test_releases_are_repeated_in_their_order_however_much_waits_behind_them() -> None:
-    """P-39: identifiers begin again after 65 535, so the order cannot be told from what was queued last."""
+    """[MQTT-4.6.0-4] Identifiers begin again after 65 535: their order cannot be told from what was queued last."""
     disk = StoredBench().store.disk
     fields = {
         "c": "s", "o": None, "k": 1, "on": False, "x": 0, "e": 10.0, "w": 50, "v5": False, "will": None,
