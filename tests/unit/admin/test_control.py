@@ -102,8 +102,16 @@ async def test_a_line_without_end_only_ends_its_own_connection(server: ControlSe
     assert await ask(server, "echo") == {}
 
 
-async def test_a_slow_command_does_not_stop_the_others(server: ControlServer) -> None:
+async def test_a_slow_command_does_not_stop_the_others(server: ControlServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = asyncio.Event()
+
+    async def hang() -> None:
+        begun.set()
+        await _hang()
+
+    monkeypatch.setitem(COMMANDS, "hang", hang)
     hanging = asyncio.create_task(asyncio.to_thread(request, server.path, "hang", timeout=10))
+    await begun.wait()
     assert await ask(server, "echo") == {}
     await server.close()
     with pytest.raises((NotRunning, ConnectionError)):
