@@ -19,6 +19,10 @@ from sinks._kafka_notes import decode
 from sinks.kafka import Kafka, KafkaConfig, open_kafka
 from tests import servers
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("ISTHMUS_SOAK") != "1", reason="open: what a restart of Kafka does to transactions"
+)
+
 _numbers = count(1)
 Open = Callable[..., Any]
 

@@ -190,6 +190,7 @@ def _kafka_properties(
         "inter.broker.listener.name=PLAINTEXT",
         "listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT"
         + "".join(f",{name}:{protocols[name]}" for name in more),
+        "log.retention.ms=-1",  # records of tests have the times of 1970
         f"log.dirs={where}/data", "offsets.topic.replication.factor=1", "offsets.topic.num.partitions=4",
         "transaction.state.log.replication.factor=1", "transaction.state.log.min.isr=1",
         "transaction.state.log.num.partitions=4", "share.coordinator.state.topic.replication.factor=1",
