@@ -11,7 +11,7 @@ NAME ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak durable drain logins power chaos reference picture dist clean
+.PHONY: help setup run test servers check format bench demo kafka compile pure integration interpreted conformance matrix soak durable canary drain logins power chaos reference picture dist clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -82,6 +82,9 @@ chaos: compile servers  ## kill -9 the broker and its workers at random under lo
 
 durable: compile  ## what safety costs: QoS 1 and 2 into queues on disk, and what comes back after a kill
 	$(BIN)/python -m tests.benchmarks.durable $(ARGS)
+
+canary: compile servers  ## the slowest round trip of a quiet client beside floods: ARGS="--rows line --seconds 10"
+	$(BIN)/python -m tests.benchmarks.canary $(ARGS)
 
 drain: compile servers  ## how fast a backlog goes into databases, beside their drivers: ARGS="postgresql mysql"
 	$(BIN)/python -m tests.benchmarks.drain $(ARGS)

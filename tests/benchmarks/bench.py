@@ -106,9 +106,9 @@ def passwords(where: Path) -> Path:
 
 
 def rules(where: Path, kind: str) -> Path:
-    """`small`: one rule for everybody; `large`: 200 rules a user, placeholders in all, the one that matches last."""
+    """`small`: two rules for everybody; `large`: 200 rules a user, placeholders in all, the one that matches last."""
     path = where / f"acl-{kind}"
-    lines = ["topic readwrite load/#"]
+    lines = ["topic readwrite load/#", "topic readwrite canary/#"]
     if kind == "large":
         lines = [f"pattern readwrite site{n}/%u/%c/telemetry/#" for n in range(RULES - 1)]
         lines.append("pattern readwrite load/%u/#")
