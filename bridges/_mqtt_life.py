@@ -8,13 +8,13 @@ import ssl
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from bridges._mqtt_lanes import Lane, Nothing
 from bridges._mqtt_link import Again, Inlet, Link, Outlet, RemoteSide
 from bridges._mqtt_relay import Relay, Target
 from bridges._mqtt_remote import Dialect, Remote, reachable
 from bridges._mqtt_topics import Routes
 from broker.client.connection import Connection, Handler
 from broker.client.errors import reason
-from broker.extend.bridge import Local
 from broker.mqtt.packets import Will
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ _LOG_EVERY = 10_000  # messages of one kind that do not cross, between two lines
 class Memory:
     """What a bridge knows from one life to the next: counters, and which server our identifiers belong to."""
 
-    def __init__(self, config: MqttConfig, remote: Remote) -> None:
+    def __init__(self, config: MqttConfig, remote: Remote, origin: str = "") -> None:
         self.config = config
+        self.origin = origin
+        """What marks a message that came in, where the broker itself does not know it again."""
         self.remote = remote
         self.routes_out = Routes(config.topics, outward=True)
         self.routes_in = Routes(config.topics, outward=False)
@@ -118,7 +120,7 @@ async def dial(
 class Life:
     """Opens inlet, remote and outlet, watches over them, and ends them together."""
 
-    def __init__(self, memory: Memory, local: Local, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, memory: Memory, local: Lane, tls: ssl.SSLContext | None) -> None:
         self._memory = memory
         self._config = memory.config
         self._local = local
@@ -126,7 +128,7 @@ class Life:
         self._link = Link()
         self._inlet: Connection | None = None
         self._far: Connection | None = None
-        self._into: Relay | None = None
+        self._into: Relay | Nothing | None = None
         self._out: Relay | None = None
         self._refused: dict[str, int] = {}
         self._topic = self._config.notification_topic or f"$SYS/broker/connection/{memory.remote.full_client_id}/state"
@@ -159,13 +161,15 @@ class Life:
     # opening
 
     async def _open(self) -> None:
-        self._inlet = await self._add(self._local.publish(self._inlet_side), "the broker's own listener")
-        self._notify(self._inlet, b"0")
+        if self._local.number == 0:
+            self._inlet = await self._add(self._local.publish(self._inlet_side), "the broker's own listener")
+            self._notify(self._inlet, b"0")
         self._far = await self._find_server()
         await self._greet(self._far)
         if self._memory.routes_out:
             await self._attach_outlet(self._far)
-        self._notify(self._inlet, b"1")
+        if self._inlet is not None:
+            self._notify(self._inlet, b"1")
         self._memory.connects += 1
 
     async def _add(self, opening: Any, whom: str) -> Connection:
@@ -212,22 +216,24 @@ class Life:
         inlet = self._inlet
         return min(self._config.receive_maximum, inlet.receive_maximum if inlet is not None else 65_535)
 
-    def _begin(self, url: str, conn: Connection) -> tuple[Relay, Relay]:
+    def _begin(self, url: str, conn: Connection) -> tuple[Relay | Nothing, Relay]:
         """Called once, before the first packet behind CONNACK."""
         memory = self._memory
         inlet = self._inlet
-        if inlet is None:
-            raise ConnectionError("the inlet is opened before the remote broker")
-        memory.arrive(url, conn.session_present, inlet.session_present)
+        memory.arrive(url, conn.session_present, inlet is not None and inlet.session_present)
         node = self._local.node
-        into = self._into = Relay(
-            memory.routes_in,
-            Target(inlet, 65_535),
-            node=node,
-            outward=False,
-            counts=memory.counts_in,
-            refused=lambda why, detail: memory.refuse("in", memory.counts_in, why, detail),
-        )
+        into: Relay | Nothing = Nothing(memory.counts_in)
+        if inlet is not None:
+            into = self._inlet_side.relay = Relay(
+                memory.routes_in,
+                Target(inlet, 65_535),
+                node=node,
+                outward=False,
+                counts=memory.counts_in,
+                origin=memory.origin,
+                refused=lambda why, detail: memory.refuse("in", memory.counts_in, why, detail),
+            )
+        self._into = into
         out = self._out = Relay(
             memory.routes_out,
             Target(conn, self._config.receive_maximum),
@@ -235,9 +241,9 @@ class Life:
             outward=True,
             counts=memory.counts_out,
             retain=self._config.outgoing_retain,
+            origin=memory.origin,
             refused=lambda why, detail: memory.refuse("out", memory.counts_out, why, detail),
         )
-        self._inlet_side.relay = into
         return into, out
 
     async def _greet(self, far: Connection) -> None:
@@ -366,6 +372,8 @@ class Life:
                 key.partition(".")[2]: value for key, value in counts.items() if key.startswith("dropped.")
             }
             counters[f"open_{name}"] = relay.open if relay is not None else 0
+        if memory.origin:
+            counters["returned"] = memory.counts_out["returned"]
         counters["refused_subscriptions"] = {name: reason(code) for name, code in self._refused.items()}
         if self._far is not None:
             counters["protocol"] = {3: "3.1", 4: "3.1.1", 5: "5"}[self._far.version]

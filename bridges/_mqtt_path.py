@@ -10,6 +10,9 @@ from broker.mqtt.text import check_text
 PATH = BRIDGE_PATH.decode()
 LONGEST = 8
 """Hops after which a message is taken to run in a circle."""
+ORIGIN = "x-bridge-origin"
+"""User property beside a foreign broker: the bridge a message came in over. Isthmus itself knows without it."""
+_ORIGIN = ORIGIN.encode()
 _METADATA = b"$isthmus"  # written by our own broker towards us; neither side may see the other's
 
 _FLAG, _CONTENT_TYPE, _RESPONSE_TOPIC, _CORRELATION, _PAIR = 0x01, 0x03, 0x08, 0x09, 0x26
@@ -19,15 +22,17 @@ class Loops(Exception):
     """The message has been here before."""
 
 
-def carry(publish: Publish, node: str, outward: bool) -> bytes:
+def carry(publish: Publish, node: str, outward: bool, origin: str = "") -> bytes:
     """The property block, without its length, that ``publish`` has on the other side; both sides speak 5.0.
 
-    Takes our metadata off, in both directions, and adds ``node`` to the path on the way out. What the property reader
-    of a strict broker would refuse raises ProtocolError; a message that runs in a circle raises Loops.
+    Takes our metadata off, in both directions, adds ``node`` to the path on the way out, and marks what comes in with
+    ``origin`` unless that is empty. What the property reader of a strict broker would refuse raises ProtocolError; a
+    message that runs in a circle raises Loops.
     """
     properties = publish.properties
+    mark = user_property(ORIGIN, origin) if origin and not outward else b""
     if properties is None:
-        return user_property(PATH, node) if outward else b""
+        return user_property(PATH, node) if outward else mark
     kept = b""
     path = ""
     if properties.forward:
@@ -41,11 +46,17 @@ def carry(publish: Publish, node: str, outward: bool) -> bytes:
         kept += user_property(PATH, f"{path},{node}" if path else node)
     elif path:
         kept += user_property(PATH, path)
-    return kept
+    return kept + mark
+
+
+def is_marked(publish: Publish, origin: str) -> bool:
+    """Whether the message came in over the bridge that marks with ``origin``."""
+    properties = publish.properties
+    return properties is not None and (ORIGIN, origin) in (properties.user_properties or ())
 
 
 def _filter(block: bytes) -> tuple[bytes, str]:
-    """The block without our metadata and the path, and the path."""
+    """The block without what brokers wrote for themselves, and the path."""
     kept = []
     path = ""
     position, end = 0, len(block)
@@ -64,7 +75,7 @@ def _filter(block: bytes) -> tuple[bytes, str]:
             middle = first + int.from_bytes(block[position + 1 : first], "big")
             position = middle + 2 + int.from_bytes(block[middle : middle + 2], "big")
             key = block[first:middle]
-            if key == _METADATA:
+            if key in (_METADATA, _ORIGIN):
                 continue
             if key == BRIDGE_PATH:
                 more = block[middle + 2 : position].decode()

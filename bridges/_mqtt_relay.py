@@ -29,7 +29,8 @@ A handshake is not one to one when both sides cannot speak the same QoS or the m
   answered here. After a cut S repeats PUBLISH N (sent again at QoS 1, at least once, as configured) or PUBREL N, which
   the new relay passes to T, which does not know N and says so: done.
 * QoS 0 of a QoS 1 or 2 message, or a message that is refused, too large, unmapped or in a loop: acknowledged here,
-  counted, reported. After a cut S may repeat it and gets the same answer; no reconnect can loop on it.
+  counted, reported. So is what this bridge itself brought to a foreign broker and gets back, but for the report. After
+  a cut S may repeat it and gets the same answer; no reconnect can loop on it.
 
 When the two sessions do not belong together (another server after a fail-over, one of the sides lost its session), T
 may still hold N for some older message, and would drop the new one as a repetition. So before the first message
@@ -44,7 +45,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 
-from bridges._mqtt_path import Loops, carry
+from bridges._mqtt_path import Loops, carry, is_marked
 from bridges._mqtt_topics import Routes
 from broker.client.connection import Connection
 from broker.client.errors import reason
@@ -96,6 +97,7 @@ class Relay:
         outward: bool,
         counts: Counter[str],
         retain: bool = True,
+        origin: str = "",
         refused: Callable[[str, str], None],
     ) -> None:
         self._routes = routes
@@ -103,6 +105,7 @@ class Relay:
         self._source: Connection | None = None
         self._node = node
         self._outward = outward
+        self._origin = origin
         self._retain = retain and target.retain
         self._counts = counts
         self._refused = refused
@@ -141,6 +144,10 @@ class Relay:
     def on_publish(self, source: Connection, publish: Publish) -> None:
         """Carry one message, or acknowledge and count it when it does not cross."""
         self._source = source
+        if self._origin and self._outward and is_marked(publish, self._origin):
+            self._counts["returned"] += 1
+            self._acknowledge(publish.packet_id, publish.qos)
+            return
         crossing = self._routes.find(publish.topic)
         if crossing is None:
             self._drop(publish, "unmapped")
@@ -222,7 +229,7 @@ class Relay:
         conn = self._target.conn
         properties = b""
         if conn.version == _V5:
-            properties = carry(publish, self._node, self._outward)
+            properties = carry(publish, self._node, self._outward, self._origin)
         retain = publish.retain and self._retain
         if retain != publish.retain:
             self._counts["retain_cleared"] += 1

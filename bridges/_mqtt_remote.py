@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 from broker.client.address import parse
@@ -137,26 +135,6 @@ class Remote:
         if will is None or not manner.notify:
             return None
         return Will(will.topic, will.payload, manner.will_qos, will.retain and manner.will_retain)
-
-
-def tls_context(
-    ca: Path | None, certificate: Path | None, key: Path | None, key_password: str | None, insecure: bool
-) -> ssl.SSLContext:
-    """A context that verifies the server unless ``insecure``. Raises ValueError naming the key whose file is bad."""
-    try:
-        context = ssl.create_default_context(cafile=str(ca) if ca is not None else None)
-    except (OSError, ssl.SSLError) as error:
-        raise ValueError(f"tls.ca: cannot use {ca}: {error}") from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if insecure:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if certificate is not None:
-        try:
-            context.load_cert_chain(certificate, key, key_password)
-        except (OSError, ssl.SSLError) as error:
-            raise ValueError(f"tls.certificate: cannot use {certificate}, key {key or certificate}: {error}") from error
-    return context
 
 
 async def reachable(url: str, seconds: float) -> bool:

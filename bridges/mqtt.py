@@ -7,18 +7,21 @@ identifiers and holds no state of its own, so QoS 2 is exactly once across any c
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from contextlib import suppress
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from bridges._mqtt_lanes import Lane, Whole, overlap, sending
 from bridges._mqtt_life import Life, Memory, dial
 from bridges._mqtt_link import Again
-from bridges._mqtt_remote import Dialect, Remote, tls_context
+from bridges._mqtt_remote import Dialect, Remote
 from bridges._mqtt_topics import TopicLine
 from broker.client import address
 from broker.client.connection import Connection, Handler
+from broker.client.tls import knows_psk, psk_context, tls_context
 from broker.config.types import ConfigPath, Duration, Secret, Size
 from broker.extend.bridge import BridgeConfig, Local
 from broker.extend.registry import Backend
@@ -41,6 +44,37 @@ class Tls(BaseModel):
     """What the key is encrypted with."""
     insecure: bool = False
     """``true`` accepts any certificate: whoever is in between can read and change everything."""
+    psk_identity: str = ""
+    """Who we are, for servers that ask for a shared key instead of certificates; TLS 1.2, needs Python 3.13."""
+    psk: Secret = Secret("")
+    """The shared key, in hexadecimal digits."""
+
+    @field_validator("psk")
+    @classmethod
+    def _check_psk(cls, psk: Secret) -> Secret:
+        try:
+            bytes.fromhex(psk.reveal())
+        except ValueError:
+            raise ValueError("a shared key is written in hexadecimal digits, two for each byte") from None
+        return psk
+
+    @model_validator(mode="after")
+    def _check(self) -> Tls:
+        if self.key is not None and self.certificate is None:
+            raise ValueError("key needs certificate")
+        if bool(self.psk_identity) != bool(self.psk):
+            raise ValueError("psk and psk_identity need each other")
+        if self.psk and (self.ca or self.certificate or self.insecure):
+            raise ValueError("psk takes the place of certificates: leave ca, certificate and insecure out")
+        if self.psk and not knows_psk():
+            raise ValueError("psk needs Python 3.13 or newer")
+        return self
+
+    def context(self) -> ssl.SSLContext:
+        """What the server is verified with. ValueError names the key whose file is bad."""
+        if self.psk:
+            return psk_context(self.psk_identity, bytes.fromhex(self.psk.reveal()))
+        return tls_context(self.ca, self.certificate, self.key, self.key_password.reveal() or None, self.insecure)
 
 
 class Restart(BaseModel):
@@ -72,6 +106,8 @@ class MqttConfig(BridgeConfig):
     """Password for the remote broker."""
     tls: Tls = Tls()
     """Certificates, for ``mqtts`` and ``wss`` servers."""
+    allow_cleartext: bool = False
+    """Whether the password may cross a network unprotected, to ``mqtt`` and ``ws`` servers on other machines."""
     bind_address: str | None = None
     """Local IP address the link starts from."""
     connect_timeout: Duration = Field(default=10.0, gt=0)
@@ -87,7 +123,11 @@ class MqttConfig(BridgeConfig):
     session_expiry: Duration | None = None
     """How long a 5.0 server keeps our session without a link; default: for ever, or not at all with `clean_session`."""
     receive_maximum: int = Field(default=1_000, ge=1, le=65_535)
-    """Unacknowledged messages in each direction; the brokers' own limits apply too."""
+    """Unacknowledged messages in each direction and lane; the brokers' own limits apply too."""
+    lanes: int = Field(default=1, ge=1, le=64)
+    """Links side by side, each under a client id of its own (``<clientid>-1`` …), for what goes out; the order within a
+    topic is kept. Worth it where the way is long and the remote takes few unacknowledged messages. What comes in comes
+    over the first."""
     max_packet_size: Size = Field(default=0, le=268_435_455)
     """Largest packet we take from the remote broker; 0: any. A 5.0 server knows and sends no larger one."""
     try_private: bool = True
@@ -118,16 +158,25 @@ class MqttConfig(BridgeConfig):
     def _check(self) -> MqttConfig:
         if self.tls != Tls() and not any(address.parse(url).secure for url in self.servers):
             raise ValueError("tls is set but no server uses it: write mqtts:// or wss://")
-        if self.tls.key is not None and self.tls.certificate is None:
-            raise ValueError("tls.key needs tls.certificate")
         if self.password is not None and self.username is None and self.protocol not in ("auto", "5"):
             raise ValueError("password needs username before MQTT 5")
+        for server in map(address.parse, self.servers):
+            if self.password and not (server.secure or server.local or self.allow_cleartext):
+                raise ValueError(
+                    f"{server}: the password would cross the network in the clear; use mqtts:// or wss://, or write "
+                    "allow_cleartext = true"
+                )
         if self.clean_session and self.session_expiry is not None:
             raise ValueError("session_expiry has no meaning with clean_session = true")
         if any(wildcard in self.notification_topic for wildcard in "+#"):
             raise ValueError("notification_topic holds a wildcard")
         if self.restart.cap < self.restart.base:
             raise ValueError("restart.cap is shorter than restart.base")
+        if self.lanes > 1 and (both := overlap(self)):
+            raise ValueError(
+                f"lanes = {self.lanes}: what one lane sends to {both[0]} would come back over the first from "
+                f"{both[1]}; write lanes = 1, or lines out and in that share no topic"
+            )
         return self
 
     def session(self) -> SessionSpec:
@@ -138,6 +187,8 @@ class MqttConfig(BridgeConfig):
                 best[line.local] = max(line.qos, best.get(line.local, 0))
         return SessionSpec(
             filters=tuple(best.items()),
+            lanes=self.lanes,
+            order_key="${topic}",
             upgrade_qos=False,
             retained="new",
             max_bytes=self.queue.max_bytes,
@@ -152,16 +203,34 @@ class Mqtt:
     def __init__(self, config: MqttConfig, tls: ssl.SSLContext | None) -> None:
         self._config = config
         self._tls = tls
-        self._memory: Memory | None = None
+        self._memories: list[Memory] = []
 
     async def run(self, local: Local) -> None:
-        """Lives until cancelled, or until either side is lost (ConnectionError). See `broker.extend.bridge.Bridge`."""
-        if self._memory is None:
-            name = self._config.clientid or f"{local.node}.{self._config.name}"
-            self._memory = Memory(self._config, self._servers(name))
+        """Lives until cancelled, or until either side of a lane is lost (ConnectionError), which ends all of them. See
+        `broker.extend.bridge.Bridge`."""
+        config = self._config
+        lanes = max(config.lanes, local.lanes)
+        if not self._memories:
+            name = config.clientid or f"{local.node}.{config.name}"
+            origin = f"{local.node}/{config.name}" if local.echoes and _goes_both_ways(config) else ""
+            self._memories = [Memory(config, self._servers(name), origin)]
+            behind = sending(config)
+            self._memories += [Memory(behind, self._servers(f"{name}-{n}"), origin) for n in range(1, lanes)]
+        whole = Whole(local, lanes)
+        tasks = [asyncio.create_task(self._keep(m, lane)) for m, lane in zip(self._memories, whole.lanes, strict=True)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep(self, memory: Memory, lane: Lane) -> None:
         while True:
             with suppress(Again):
-                await Life(self._memory, local, self._tls).live()  # returns only to move back to the first server
+                await Life(memory, lane, self._tls).live()  # returns only to move back to the first server
 
     async def check(self) -> None:
         """Connects once, under a client id of its own, so that a running bridge keeps its session."""
@@ -192,14 +261,15 @@ async def open_mqtt(config: MqttConfig) -> Mqtt:
     """Reads the certificates; raises ValueError when one cannot be used."""
     tls = None
     if any(address.parse(url).secure for url in config.servers):
-        files = config.tls
         try:
-            tls = tls_context(
-                files.ca, files.certificate, files.key, files.key_password.reveal() or None, files.insecure
-            )
+            tls = config.tls.context()
         except ValueError as error:
-            raise ValueError(f"bridges.{config.name}.{error}") from error
+            raise ValueError(f"bridges.{config.name}.tls.{error}") from error
     return Mqtt(config, tls)
+
+
+def _goes_both_ways(config: MqttConfig) -> bool:
+    return any(line.out for line in config.topics) and any(line.into for line in config.topics)
 
 
 BACKEND = Backend("bridges.mqtt", MqttConfig, open_mqtt)

@@ -69,7 +69,7 @@ SWITCH = 0.0005
 
 LOSS = {
     "flush": "what is acknowledged is on disk: neither a crash nor a power cut loses it",
-    "interval": "a crash loses nothing that was acknowledged, a power cut the last moments (store.interval)",
+    "interval": "a crash loses nothing that was acknowledged, a power cut the last {interval:g} s (store.interval)",
     "none": "a crash of the broker loses nothing that was acknowledged; a power cut may lose everything recent",
 }
 """The loss window of each `broker.durability`, for the log."""
@@ -163,17 +163,18 @@ class Broker:
         for instance in (*settings.sinks.values(), *settings.bridges.values()):
             self._ensure(instance)
         self._events.watch(settings.events.publish)
-        for name, left in self.engine.find_orphans().items():
+        for name, left in self.engine.instances.find_orphans().items():
             self._warn_of_orphan(name, left)
         await self.listeners.open_internal(self.internal)
-        await self.supervisor.apply(settings.sinks, settings.bridges, settings.workers.processes, settings.base)
+        await self._run_instances(settings)
         await self.listeners.apply(settings.listeners)
         await self._control.start()
         self._tick()
         self._watch_memory()
         gc.collect()
         gc.freeze()
-        log.info("broker %s is up; %s", settings.broker.name, LOSS[settings.broker.durability])
+        window = LOSS[settings.broker.durability].format(interval=settings.store.interval)
+        log.info("broker %s is up; %s", settings.broker.name, window)
 
     def _open_store(self) -> None:
         """Read what survived into the engine. Raises StoreUnusable when something would be lost."""
@@ -233,8 +234,8 @@ class Broker:
         )
 
     def _tick(self) -> None:
+        self._ticker = self._loop.call_later(TICK, self._tick)  # first: a tick that fails is not the last one
         self.engine.tick(self._loop.time(), int(time.time() * 1000))
-        self._ticker = self._loop.call_later(TICK, self._tick)
 
     def _watch_memory(self) -> None:
         self._watcher = self._loop.call_later(MEMORY, self._watch_memory)
@@ -279,7 +280,7 @@ class Broker:
     def _waiting(self) -> dict[str, int]:
         """Messages that wait for a sink or bridge, by its name."""
         names = (*self.settings.sinks, *self.settings.bridges)
-        counts = {name: sum(s.queued for s in self.engine.lanes(name)) for name in names}
+        counts = {name: sum(s.queued for s in self.engine.instances.lanes(name)) for name in names}
         return {name: count for name, count in counts.items() if count}
 
     async def _close_store(self) -> bool:
@@ -303,7 +304,13 @@ class Broker:
         key = None
         if spec.lanes > 1:
             key = order_key(spec.order_key)
-        self.engine.ensure_instance(instance.name, spec, key, DEAD_LETTERS if instance.room == "sinks" else None)
+        self.engine.instances.ensure(instance.name, spec, key, DEAD_LETTERS if instance.room == "sinks" else None)
+
+    async def _run_instances(self, settings: Settings) -> None:
+        """Hand the workers their part. A lane that is no longer configured is attached to as well: it may hold
+        messages."""
+        lanes = {name: len(self.engine.instances.lanes(name)) for name in (*settings.sinks, *settings.bridges)}
+        await self.supervisor.apply(settings.sinks, settings.bridges, settings.workers.processes, settings.base, lanes)
 
     async def reload(self) -> Difference:
         """Read the whole configuration again and change only what differs.
@@ -344,12 +351,12 @@ class Broker:
                         self._ensure(instance)
             gone = {*old.sinks, *old.bridges} - {*new.sinks, *new.bridges}
             for name in gone:
-                self.engine.mute_instance(name)
+                self.engine.instances.mute(name)
             self._events.watch(new.events.publish)
             self.settings = new
-            await self.supervisor.apply(new.sinks, new.bridges, new.workers.processes, new.base)
+            await self._run_instances(new)
             for name in gone:  # only now: what left took its leave by itself
-                left = self.engine.remove_instance(name)
+                left = self.engine.instances.remove(name)
                 if left:
                     self._warn_of_orphan(name, left)
             for warning in new.warnings:

@@ -99,29 +99,60 @@ def interpreted(arguments: Sequence[str]) -> int:
         return subprocess.run(command, cwd=target, env=environment).returncode
 
 
+def find_python(version: str) -> str | None:
+    """An interpreter of this version that runs: on the path, or where pyenv and uv keep theirs. Their stand-ins on the
+    path refuse to run what is not switched on."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    uv = Path(os.environ.get("UV_PYTHON_INSTALL_DIR", "~/.local/share/uv/python")).expanduser()
+    kept = (*pyenv.glob(f"versions/{version}.*/bin/python"), *uv.glob(f"cpython-{version}.*/bin/python{version}"))
+    print_version = "import sys; print('%d.%d' % sys.version_info[:2])"
+    for candidate in (sys.executable, shutil.which(f"python{version}"), *sorted(map(str, kept), reverse=True)):
+        if candidate is None:
+            continue
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            asked = subprocess.run([candidate, "-c", print_version], capture_output=True, text=True, timeout=20)
+            if asked.returncode == 0 and asked.stdout.strip() == version:
+                return candidate
+    return None
+
+
 def matrix(arguments: Sequence[str]) -> int:
     """Every supported Python in a virtual environment of its own; prints one closing line each."""
+    lines = []
     worst = 0
     for version in PYTHONS:
-        python = shutil.which(f"python{version}")
+        python = find_python(version)
         if python is None:
-            print(f"matrix: python{version} is not on this machine")
+            lines.append(f"matrix: python{version} is not on this machine")
             continue
         began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix=f"isthmus-{version}-") as folder:
-            target = Path(folder)
-            copy_pure(target)
-            venv = target / ".venv" / "bin" / "python"
-            subprocess.run([python, "-m", "venv", target / ".venv"], check=True)
-            install = [venv, "-m", "pip", "install", "--quiet", "--editable", ".[all,test]"]
-            subprocess.run(install, check=True, cwd=target)
-            environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-            code = subprocess.run([venv, "-m", "pytest", *arguments], cwd=target, env=environment).returncode
-        print(
-            f"matrix: python{version}: {'ok' if code == 0 else f'failed ({code})'} in {time.monotonic() - began:.0f} s"
-        )
+        code = on_python(python, version, arguments)
+        result = "ok" if code == 0 else f"failed ({code})"
+        lines.append(f"matrix: python{version}: {result} in {time.monotonic() - began:.0f} s, {python}")
         worst = worst or code
+    print("\n".join(lines))
     return worst
+
+
+def on_python(python: str, version: str, arguments: Sequence[str]) -> int:
+    """The tests on one interpreter, compiled for it, in a copy of the tree; the first exit code that is not 0."""
+    with tempfile.TemporaryDirectory(prefix=f"isthmus-{version}-") as folder:
+        target = Path(folder)
+        copy_pure(target)
+        venv = str(target / ".venv" / "bin" / "python")
+        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        environment["PATH"] = f"{target / '.venv' / 'bin'}:{environment.get('PATH', '')}"
+        for command in (
+            [python, "-m", "venv", str(target / ".venv")],
+            [venv, "-m", "pip", "install", "--quiet", "--upgrade", "pip"],
+            [venv, "-m", "pip", "install", "--quiet", "--editable", ".[all,test]"],
+            [venv, "-m", "pytest", *arguments],
+        ):
+            code = subprocess.run(command, cwd=target, env=environment).returncode
+            if code:
+                print(f"matrix: python{version}: failed: {' '.join(command)}", flush=True)
+                return code
+    return 0
 
 
 def need_setuptools() -> None:

@@ -15,7 +15,7 @@ from broker.admin.control import CommandFailed
 from broker.admin.dead_letters import DeadLetters
 from broker.admin.instances import Instances
 from broker.config.problems import ConfigError
-from broker.engine.engine import RESERVED
+from broker.engine.instances import RESERVED
 from broker.engine.session import Session
 from broker.extend.store import BackupFailed
 
@@ -203,7 +203,7 @@ class Commands:
             raise CommandFailed(f"no queue is called {name!r}")
         if name.endswith("/dlq"):
             return {"dropped": (await self._dead_letters.purge(name.removesuffix("/dlq")))["purged"]}
-        return {"dropped": self._broker.engine.drop_queue(name)}
+        return {"dropped": self._broker.engine.instances.drop_queue(name)}
 
     async def store_backup(self, folder: str) -> dict[str, Any]:
         """Copy what survives a restart into a data folder of its own, while everything goes on."""

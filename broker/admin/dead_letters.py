@@ -17,7 +17,7 @@ import orjson
 
 from broker.admin.control import CommandFailed
 from broker.client.connection import Connection, Handler, connect
-from broker.engine.engine import RESERVED
+from broker.engine.instances import RESERVED
 from broker.engine.message import METADATA, Message, Origin
 from broker.engine.receiver import DONE, REFUSED
 from broker.engine.session import Session
@@ -238,7 +238,7 @@ class DeadLetters:
 
     def _requeue(self, name: str, message: Message) -> Message:
         """Give a message to its lane. Raises _Full."""
-        lanes = [session for session in self._broker.engine.lanes(name) if session.subscriptions]
+        lanes = [session for session in self._broker.engine.instances.lanes(name) if session.subscriptions]
         if not lanes:
             raise _Full(f"{name} has no queue")
         group = lanes[0].subscriptions[0].group

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from broker.admin.control import CommandFailed
-from broker.engine.engine import RESERVED
+from broker.engine.instances import RESERVED
 
 EVERY = 1.0
 """Seconds between two looks at the counters."""
@@ -90,7 +90,7 @@ class Instances:
     def _describe(self, room: str, name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         """What its worker tells, and what the broker knows of the sessions that feed it."""
         engine = self._broker.engine
-        lanes = engine.lanes(name)
+        lanes = engine.instances.lanes(name)
         oldest = [t for t in (s.oldest_ms() for s in lanes) if t]
         letters = engine.sessions.get(f"{RESERVED}{name}/dlq")
         instance = getattr(self._broker.settings, room).get(name)  # None: a reload is about to end it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -17,6 +16,7 @@ from broker.cli.common import DONE, FAILED, UNREACHABLE, WRONG, complain
 from broker.cli.output import print_json, print_table
 from broker.client import load
 from broker.client.address import parse
+from broker.client.tls import tls_context
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -164,10 +164,7 @@ def _connect_options(arguments: dict[str, Any]) -> dict[str, Any]:
     address = parse(arguments["url"])
     tls = None
     if address.secure:
-        tls = ssl.create_default_context(cafile=arguments["ca"])
-        if arguments["insecure"]:
-            tls.check_hostname = False
-            tls.verify_mode = ssl.CERT_NONE
+        tls = tls_context(arguments["ca"], insecure=arguments["insecure"])
     elif arguments["ca"] or arguments["insecure"]:
         raise ValueError("--ca and --insecure are for mqtts:// and wss://")
     file = arguments["password_file"]

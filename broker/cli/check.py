@@ -13,6 +13,7 @@ from broker.cli.output import print_json
 from broker.config import firstrun
 from broker.config.problems import ConfigError
 from broker.config.settings import ROOMS, Instance, Settings
+from broker.runtime import adapt
 
 LOCAL = {"auth.file"}
 DEADLINE = 10.0
@@ -22,10 +23,11 @@ DEADLINE = 10.0
 @click.command()
 @click.option("--connect", is_flag=True, help="Open each backend, ask it to answer, close it.")
 @click.option("--strict", is_flag=True, help="Treat warnings as errors.")
+@click.option("--worker", is_flag=True, help="Judge it as isthmus worker would, beside somebody else's broker.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @common
 @guarded
-def check(connect: bool, strict: bool, as_json: bool) -> int:
+def check(connect: bool, strict: bool, worker: bool, as_json: bool) -> int:
     """Tell whether this configuration would run. Changes nothing."""
     settings: Settings | None = None
     problems: list[str] = []
@@ -33,7 +35,11 @@ def check(connect: bool, strict: bool, as_json: bool) -> int:
         settings = options().load()
     except ConfigError as error:
         problems = error.problems
-    warnings = settings.warnings if settings else []
+    warnings = list(settings.warnings) if settings else []
+    if settings and worker:
+        refused, without_effect = _beside_another(settings)
+        problems += refused
+        warnings += without_effect
     wrong = bool(problems or (strict and warnings))
     results: list[dict[str, Any]] = []
     if settings and not wrong:
@@ -54,6 +60,16 @@ def check(connect: bool, strict: bool, as_json: bool) -> int:
 def _summary(settings: Settings) -> str:
     parts = [f"{room} {','.join(getattr(settings, room)) or '-'}" for room in ("listeners", *ROOMS)]
     return f"ok: {'; '.join(parts)}"
+
+
+def _beside_another(settings: Settings) -> tuple[list[str], list[str]]:
+    """Of sinks and bridges that a foreign broker feeds: what it cannot give them, and what it will not obey."""
+    instances = [*settings.sinks.values(), *settings.bridges.values()]
+    try:
+        adapt.adapt_all(instances, settings)
+    except adapt.Refused as error:
+        return error.problems, []
+    return [], [sentence for instance in instances for sentence in adapt.without_effect(instance, settings)]
 
 
 async def _try_local(settings: Settings) -> list[str]:

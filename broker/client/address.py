@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
+from ipaddress import ip_address
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 _ALIASES = {"tcp": "mqtt", "ssl": "mqtts", "tls": "mqtts"}
@@ -23,6 +24,16 @@ class Address:
     def secure(self) -> bool:
         """Whether the transport is TLS."""
         return self.scheme in ("mqtts", "wss")
+
+    @property
+    def local(self) -> bool:
+        """Whether what is sent there stays on this machine."""
+        if self.scheme == "unix" or self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return False
 
     def __str__(self) -> str:
         if self.scheme == "unix":
@@ -54,3 +65,16 @@ def parse(url: str) -> Address:
     if scheme in ("ws", "wss") and parts.query:
         path += f"?{parts.query}"
     return Address(scheme, parts.hostname, port if port is not None else _PORTS[scheme], path)
+
+
+def split_login(url: str) -> tuple[str, str | None, str | None]:
+    """The address alone, and the user name and password that ``mqtt://user:password@host`` holds, where people write
+    it like that. ValueError as `parse`."""
+    try:
+        parts = urlsplit(url if "://" in url else f"mqtt://{url}")
+        if parts.username is None and parts.password is None:
+            return url, None, None
+        bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return bare, unquote(parts.username or "") or None, unquote(parts.password or "") or None
+    except ValueError as error:
+        raise ValueError(f"not a broker address: {error}") from None

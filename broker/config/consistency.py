@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SOCKETS = ("control.sock", "run/workers.sock")
 """The broker's own sockets in the data folder."""
+ORDERING = ("clientid", "username", "peerhost", "topic", "payload", "qos", "retain")
+"""What a message tells by itself when it is given to a lane."""
 
 
 def check(settings: Settings, tree: Tree) -> None:
@@ -142,9 +144,17 @@ def _check_sessions(settings: Settings, tree: Tree) -> None:
                 except ValueError as error:
                     tree.problem(next(_places(instance.raw, text, key), key), str(error))
             try:
-                Template(spec.order_key)
+                _check_order_key(spec.order_key)
             except ValueError as error:
                 tree.problem((*key, "order_key"), str(error))
+
+
+def _check_order_key(text: str) -> None:
+    """ValueError for a template that cannot be read, or that asks for what is not known when a lane is chosen: all its
+    messages would go to one."""
+    for name in Template(text).names:
+        if name.partition(".")[0].partition("[")[0] not in ORDERING:
+            raise ValueError(f"${{{name}}}: lanes are chosen by {', '.join(ORDERING)}")
 
 
 def _ask_models(settings: Settings, tree: Tree) -> None:

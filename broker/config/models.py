@@ -202,7 +202,8 @@ class WorkersConfig(Section):
     """`[workers]`: the processes that run sinks and bridges."""
 
     processes: int = Field(default=1, ge=0, le=64)
-    """Worker processes; 0 runs sinks and bridges inside the broker process."""
+    """Worker processes, over which instances are spread, and the lanes of a sink that has several; 0 runs sinks and
+    bridges inside the broker process."""
 
 
 Event = Literal[
@@ -212,6 +213,7 @@ Event = Literal[
     "session_terminated",
     "session_subscribed",
     "session_unsubscribed",
+    "message_dropped",
 ]
 
 
@@ -221,5 +223,5 @@ class EventsConfig(Section):
 
     publish: frozenset[Event] = frozenset()
     """Which: client_connected (after CONNACK) | client_disconnected (once for each of those, with the reason) |
-    session_created | session_terminated | session_subscribed | session_unsubscribed. None of them costs anything while
-    it is not named."""
+    session_created | session_terminated | session_subscribed | session_unsubscribed | message_dropped (of each client
+    and reason one a second, with their number). None of them costs anything while it is not named."""

@@ -42,16 +42,18 @@ cdef class Core:
     cdef public long long sent
     cdef public long long received_bytes
     cdef public dict dropped
+    cdef public object on_drop
     cdef public dict events
     cdef public set stalled
     cdef public object journal
     cdef public object withholds
+    cdef public object observer
     cdef public double clock_base
     cdef public long long _sequence
     cdef public str _tail
     cdef object __weakref__
 
-    cpdef drop(self, str reason, long long count=*)
+    cpdef drop(self, str reason, long long count=*, object session=*)
     cpdef count(self, str event, long long count=*)
     cpdef stamp(self, object message)
     cpdef long long clock(self)

@@ -1,9 +1,14 @@
-"""What every part of one broker's engine shares: clock, limits, counters, message identifiers. Knows no room above."""
+"""What every part of one broker's engine shares: clock, limits, counters, message identifiers, the observer. Knows no
+room above."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+from broker.engine.observer import Observer
 from broker.engine.outbox import Flusher
+
+log = logging.getLogger(__name__)
 
 
 class Limits:
@@ -65,24 +70,34 @@ class Core:
         self.sent = 0
         self.received_bytes = 0
         self.dropped: dict[str, int] = {}
+        self.on_drop: Callable[[str, int, Any], None] | None = None
+        """Told of every dropped message by reason, number and the session that loses it or published it, if any."""
         self.events: dict[str, int] = {}
         self.stalled: set[Any] = set()
         self.journal: Any = None
         """What makes sessions survive a restart; None where nothing does."""
         self.withholds: Callable[[Any, Any], str] | None = None
         """Why a session does not get a message that waited on disk; empty when it does."""
+        self.observer: Observer | None = None
         self.clock_base = 1.0
         """Milliseconds to add to `now` for `clock`: the journal sets it."""
         self._sequence = 0
         self._tail = f"{node_id & 0xFFFF:04x}{boot & 0xFFFF:04x}"
 
-    def drop(self, reason: str, count: int = 1) -> None:
-        """Count messages that reach nobody, by reason."""
+    def drop(self, reason: str, count: int = 1, session: Any = None) -> None:
+        """Count messages that reach nobody, by reason; `session` is whose they are, where that is known."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
+        if self.on_drop is not None:
+            self.on_drop(reason, count, session)
 
     def count(self, event: str, count: int = 1) -> None:
         """Count something worth knowing that is not a message."""
         self.events[event] = self.events.get(event, 0) + count
+
+    def failed(self, error: Exception, text: str) -> None:
+        """Something of ours went wrong and ends nobody's connection: `text` is for the log."""
+        log.error("%s", text, exc_info=error)
+        self.count("internal_error")
 
     def stamp(self, message: Any) -> None:
         """Give a message its identifier (sortable by time) and its time of arrival, once."""

@@ -131,3 +131,31 @@ def encode_head(topic: bytes, first: int, rest: int) -> bytes:
     """Fixed header and topic name; `rest` is the number of bytes that follow the topic."""
     n = len(topic)
     return bytes((first,)) + encode_length(2 + n + rest) + n.to_bytes(2, "big") + topic
+
+
+def split_head(head: bytes) -> bytes:
+    """The topic of the first piece of a PUBLISH."""
+    at = 1
+    while head[at] & 128:
+        at += 1
+    return head[at + 3 :]
+
+
+def split_body(body: bytes) -> tuple[bytes, bytes]:
+    """(properties, payload) of the second piece of an MQTT 5 PUBLISH."""
+    size = 0
+    shift = 0
+    at = 0
+    while True:
+        byte = body[at]
+        at += 1
+        size |= (byte & 127) << shift
+        shift += 7
+        if not byte & 128:
+            return body[at : at + size], body[at + size :]
+
+
+def convert_packet(head: bytes, body: bytes, v5: bool) -> tuple[bytes, bytes]:
+    """The two pieces of a PUBLISH for the other protocol version: a client may come back with another one."""
+    body = b"\x00" + body if v5 else split_body(body)[1]
+    return encode_head(split_head(head), head[0], len(body) + 2), body

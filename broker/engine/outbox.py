@@ -112,7 +112,14 @@ class Outbox:
         self.more = None
         self.size = 0
         if self.link is not None:
-            self.link.write(data)
+            try:
+                self.link.write(data)
+            except Exception as error:  # those whose turn comes after this one are not to suffer from it
+                self.broken(error)
+
+    def broken(self, error: Exception) -> None:
+        """The transport failed to take bytes: it gets no more of them."""
+        self.drop_unsent()
 
     def drop_unsent(self) -> None:
         """Forget the transport and what waits."""

@@ -83,6 +83,13 @@ class Subscription:
         self.group = group
 
 
+def filter_of(subscription: Subscription) -> bytes:
+    """The filter as the client wrote it."""
+    group = subscription.group
+    name: bytes | None = getattr(group, "name", None)
+    return subscription.filter if name is None else b"$share/" + name + b"/" + subscription.filter
+
+
 class Target:
     """A receiver of one route: overlapping subscriptions merged into one copy at the highest QoS with every
     subscription identifier."""  # [MQTT-3.3.4-2]

@@ -293,9 +293,9 @@ class Recovery:
         for filter, qos, no_local, rap, ident in found.subscriptions.values():
             raw = filter.encode()
             if worker:  # made effective when the configuration is applied
-                engine.remember_subscription(session, raw, qos, rap)
+                engine.subscriptions.remember(session, raw, qos, rap)
             elif not raw.startswith(b"$share/") or split_share(raw) is not None:
-                engine.restore_subscription(session, raw, qos, no_local, rap, ident)
+                engine.subscriptions.restore(session, raw, qos, no_local, rap, ident)
         if ends:
             session.ends_at = journal.from_clock(ends)
         if fields["will"] is not None:

@@ -1,24 +1,23 @@
 """The state of one client id: subscriptions, in-flight window, queue, QoS 2 identifiers. It outlives connections.
 
 A session has an outbox while a connection is attached. QoS 1 and 2 go straight into the in-flight window while there
-is room and nothing queues before them; otherwise they queue. Containers are None until first use.
-
-A session that survives a restart has a `Spool`: its messages have sequence numbers and go through the journal. A queue
-entry is (message, qos, retain, identifiers, hold, group, sequence number, record); the last two are 0 and None
-without a spool and at QoS 0.
+is room and nothing queues before them; otherwise they queue (`Queue`). Containers are None until first use. A session
+that survives a restart has a `Spool`: its messages have sequence numbers and go through the journal.
 """
 
 from base64 import b64encode
 from collections import deque
 from typing import Any
 
+from broker.engine import records
 from broker.engine.core import Core
 from broker.engine.inflight import FREE, IDENTIFIERS, PUBLISHED, RELEASED, SENT, Inflight
 from broker.engine.journal import Journal
-from broker.engine.message import Message, encode_head
+from broker.engine.message import Message, convert_packet, encode_head
 from broker.engine.outbox import Outbox
-from broker.engine.receiver import DONE, LATER, REFUSED, Hold, Receiver, Subscription, Target
-from broker.engine.spool import FAILED, IN_MEMORY, IN_MEMORY_BYTES, LOAD, OPEN, STORED, WRITING, Pending, Spool
+from broker.engine.queue import Queue
+from broker.engine.receiver import DONE, LATER, REFUSED, Hold, Target, filter_of
+from broker.engine.spool import FAILED, IN_MEMORY, IN_MEMORY_BYTES, LOAD, STORED, Pending, Spool
 from broker.mqtt.framing import encode_length
 
 ACK_OK = 0
@@ -33,22 +32,16 @@ NEVER = 0xFFFFFFFF
 """A Session Expiry Interval that does not expire."""
 
 
-class Session(Receiver):
+class Session(Queue):
     """`window` is how many QoS 1 and 2 messages may be unacknowledged towards the client."""
 
     def __init__(self, client_id: str, core: Core) -> None:
-        super().__init__()
+        Queue.__init__(self, core)  # not super(): see Channel
         self.client_id = client_id
-        self.core = core
         self.owner: str | None = None
-        self.subscriptions: list[Subscription] | None = None
-        self.inflight: Inflight | None = None
-        self.queue: Any = None
-        self.queue_bytes = 0
         self.window = 32
         self.received: bytearray | None = None
         self.received_count = 0
-        self.persistent = False
         self.expiry = 0.0
         self.ends_at = 0.0
         self.rights: dict[bytes, Any] | None = None
@@ -60,13 +53,6 @@ class Session(Receiver):
         self.encoded5 = False
         self.claimed = False
         """Accepted, but CONNACK waits for the disk: there is no outbox yet."""
-        self.left_share = False
-        """It has left a `$share` group and may still have messages of it on disk."""
-        self.spec: Any = None
-        self.spool: Spool | None = None
-        """Set for a session that survives a restart."""
-        self.blocked: list[Any] | None = None
-        self.retained: Any = None
         self.will: Any = None
         self.will_delay = 0.0
         self.will_terms: dict[str, Any] | None = None
@@ -74,7 +60,6 @@ class Session(Receiver):
         self.timers: dict[str, Any] | None = None
         self.created = core.now
         self.acked = 0
-        self.dropped: dict[str, int] | None = None
 
     # deliveries -----------------------------------------------------------------------------------------------
 
@@ -94,21 +79,21 @@ class Session(Receiver):
             if box is None:
                 if self.persistent:
                     return self._enqueue(message, qos, retain, idents, hold, group)
-                self.core.drop("offline")
+                self.core.drop("offline", 1, self)
                 return DONE
             if message.expires != 0 and message.expires <= self.core.now:
-                self.core.drop("expired")
+                self.core.drop("expired", 1, self)
                 return DONE
             if retain or idents is not None or self.special or message.expires != 0:
                 packet = self._encode0(message, retain, idents)
             else:
                 packet = message.publish0(self.v5)
             if len(packet) > self.max_packet:  # [MQTT-3.1.2-24]
-                self.core.drop("too_large")
+                self.core.drop("too_large", 1, self)
             elif box.offer(packet):
                 self.core.sent += 1
             else:
-                self.core.drop("slow_receiver")
+                self.core.drop("slow_receiver", 1, self)
             return DONE
         if self.spool is not None:
             return self._keep(self.spool, message, qos, retain, idents, hold, group)
@@ -148,7 +133,7 @@ class Session(Receiver):
             )
         )
         if message.expires != 0 and message.expires <= self.core.now:
-            self.core.drop("expired")
+            self.core.drop("expired", 1, self)
             return DONE
         journal = self.core.journal
         if journal.refusing:
@@ -192,69 +177,6 @@ class Session(Receiver):
                 queue.append(entry)
         return LATER if safe is not None or hold is not None else DONE
 
-    def _admit(self, qos: int, size: int) -> int:
-        """LATER when one more message may wait, having made room for it where the policy says so."""
-        spec = self.spec
-        limits = self.core.limits
-        if spec is not None:
-            if self.queue_bytes + size > spec.max_bytes:
-                if spec.overflow != "drop_oldest":
-                    self.count_drop("queue_full")
-                    return REFUSED
-                while self.queue_bytes + size > spec.max_bytes and self.drop_oldest("queue_full"):
-                    pass
-            return LATER
-        if limits.max_queued_messages <= 0:
-            self.count_drop("queue_full")
-            return DONE
-        while self.waiting >= limits.max_queued_messages or (
-            limits.max_queued_bytes and self.queue_bytes + size > limits.max_queued_bytes
-        ):
-            if limits.queue_overflow == "drop_newest" or not self.make_room(qos):
-                self.count_drop("queue_full")
-                return DONE
-        return LATER
-
-    @property
-    def waiting(self) -> int:
-        """Messages that queue, in memory and on disk."""
-        count = len(self.queue) if self.queue is not None else 0
-        return count + self.spool.waiting if self.spool is not None else count
-
-    def drop_oldest(self, reason: str) -> bool:
-        """Give up the oldest message that queues; False when none does."""
-        if self.spool is not None:
-            return self.spool.drop_oldest(reason)
-        if not self.queue:
-            return False
-        self.discard(self.queue.popleft(), reason)
-        return True
-
-    def make_room(self, qos: int) -> bool:
-        """QoS 0 goes first, then the oldest. False when the newcomer is the one to go."""
-        queue = self.queue
-        for i, entry in enumerate(queue or ()):
-            if entry[1] == 0:
-                del queue[i]
-                self.discard(entry, "queue_full")
-                return True
-        return qos > 0 and self.drop_oldest("queue_full")
-
-    def refuses(self, size: int) -> int:
-        """Whether the queue has no room for a message of this size, and its policy is to say so."""
-        spec = self.spec
-        if spec is None:
-            limits = self.core.limits
-            full = self.waiting >= limits.max_queued_messages or (
-                limits.max_queued_bytes and self.queue_bytes + size > limits.max_queued_bytes
-            )
-            return REFUSED if full and self.durable else DONE
-        if spec.overflow == "drop_oldest" or spec.overflow == "drop_newest":
-            return DONE
-        if self.queue_bytes + size <= spec.max_bytes:
-            return DONE
-        return LATER if spec.overflow == "block" and size <= spec.max_bytes else REFUSED
-
     def _send(
         self,
         box: Outbox,
@@ -270,7 +192,7 @@ class Session(Receiver):
         """Put a message in flight; `seq` and `pending` are those of a stored one."""
         spool = self.spool
         if message.expires != 0 and message.expires <= self.core.now:
-            self.core.drop("expired")
+            self.core.drop("expired", 1, self)
             if pending is not None and spool is not None:
                 spool.passed(seq, self.inflight)
                 spool.finish(seq, pending, self.inflight)
@@ -284,7 +206,7 @@ class Session(Receiver):
             head = message.head(self.v5, qos)
             body = message.body(self.v5)
         if len(head) + len(body) + 2 > self.max_packet:  # [MQTT-3.1.2-24]
-            self.core.drop("too_large")
+            self.core.drop("too_large", 1, self)
             if pending is not None and spool is not None:
                 spool.passed(seq, inflight)
                 spool.finish(seq, pending, inflight)
@@ -313,51 +235,6 @@ class Session(Receiver):
         self.core.sent += 1
         return LATER if hold is not None else DONE
 
-    def _enqueue(self, message: Message, qos: int, retain: bool, idents: Any, hold: Hold | None, group: Any) -> int:
-        queue = self.queue
-        if queue is None:
-            queue = self.queue = deque()
-        size = message.size
-        spec = self.spec
-        if spec is not None:
-            self.core.stamp(message)
-            if self.queue_bytes + size > spec.max_bytes:
-                if spec.overflow != "drop_oldest":
-                    self.count_drop("queue_full")
-                    return REFUSED
-                while queue and self.queue_bytes + size > spec.max_bytes:
-                    self.discard(queue.popleft(), "queue_full")
-        elif self._admit(qos, size) != LATER:
-            return DONE
-        elif self.core.limits.max_queued_age:
-            self.core.stamp(message)
-        if hold is not None:
-            hold.count += 1
-        queue.append((message, qos, retain, idents, hold, group, 0, None))
-        self.queue_bytes += size
-        return LATER if hold is not None else DONE
-
-    def discard(self, entry: Any, reason: str) -> None:
-        """Give up an entry that was taken out of the queue; `reason` counts it."""
-        self.queue_bytes -= entry[0].size
-        if reason:
-            self.count_drop(reason)
-        if entry[4] is not None:
-            if reason == "store_failed":
-                entry[4].fail(0x97)
-            else:
-                entry[4].release()
-        if entry[7] is not None and self.spool is not None:
-            self.spool.finish(entry[6], entry[7], self.inflight)
-
-    def count_drop(self, reason: str, count: int = 1) -> None:
-        """Messages that this session does not get."""
-        self.core.drop(reason, count)
-        if self.spec is not None:
-            if self.dropped is None:
-                self.dropped = {}
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
-
     def life(self, journal: Journal, connected: bool) -> dict[str, Any]:
         """What changes when a connection comes or goes, as the journal keeps it."""
         will = self.will
@@ -371,6 +248,12 @@ class Session(Receiver):
             "v5": bool(self.v5),
             "will": None if will is None else will_fields(self, journal.to_clock(self.will_at())),
         }
+
+    def note_life(self, connected: bool) -> None:
+        """The journal learns what has become of the connection, the expiry and the will."""
+        if self.spool is not None:
+            journal = self.core.journal
+            journal.note(records.encode_json(records.LIFE, self.spool.number, self.life(journal, connected)))
 
     def will_at(self) -> float:
         """When a will that waits is published; 0 when none does."""
@@ -387,20 +270,6 @@ class Session(Receiver):
             [filter_of(s).decode(), s.qos, bool(s.no_local), bool(s.rap), s.ident] for s in self.subscriptions or ()
         ]
         return fields
-
-    def oldest_queued_ms(self) -> int:
-        """When the oldest message that queues came, milliseconds of `Core.clock`; 0 when none does."""
-        if self.queue:
-            return int(self.queue[0][0].clock_ms)
-        spool = self.spool
-        if spool is None:
-            return 0
-        if spool.loading:
-            return int(spool.loading[0][3]) * 1000
-        first = spool.backlog.first() if spool.backlog is not None else None
-        if first is not None:
-            return int(first[3]) * 1000
-        return int(spool.tail[0][0].clock_ms) if spool.tail else 0
 
     def oldest_ms(self) -> int:
         """When the oldest unacknowledged message of an instance came, milliseconds since 1970; 0 when there is none."""
@@ -468,11 +337,6 @@ class Session(Receiver):
         if self.blocked is not None and self.spec is not None and self.queue_bytes < self.spec.max_bytes:
             self.unblock()
 
-    def _oldest_kept(self) -> int:
-        """Messages that came before this, by `Core.clock`, have waited too long; not above 0 where none has."""
-        age = self.spec.max_age if self.spec is not None else self.core.limits.max_queued_age
-        return int(self.core.clock() - age * 1000) if age else 0
-
     def _may_go(self, entry: Any) -> bool:
         """Whether the window takes this queue entry now."""
         inflight = self.inflight
@@ -486,13 +350,6 @@ class Session(Receiver):
         if entry[1] == 2 and pending.state != STORED:
             return False
         return inflight is None or inflight.state((entry[6] - 1) % 65535 + 1) == FREE
-
-    def unblock(self) -> None:
-        """Let the publishers go on that wait for room."""
-        waiting = self.blocked
-        self.blocked = None
-        for channel in waiting or ():
-            channel.resume_parse()
 
     def _send_retained(self, box: Any) -> None:
         """Retained messages of new subscriptions, at the pace the client takes them."""
@@ -582,12 +439,6 @@ class Session(Receiver):
             or self.resend is not None
             or (self.spool is not None and (self.spool.backlog is not None or self.spool.tail is not None))
         )
-
-    def _seq_of(self, ident: int) -> int:
-        """The sequence number of what is in flight under this packet identifier."""
-        spool = self.spool
-        assert spool is not None
-        return spool.floor + (ident - (spool.floor - 1) % 65535 - 1 + 65535) % 65535
 
     def on_pubrec(self, ident: int, code: int) -> int:
         """QoS 2: the client has the message (or, from 0x80, refuses it)."""
@@ -754,153 +605,6 @@ class Session(Receiver):
         if not resend:
             self.resend = None
 
-    def take_shared(self, over: bool = False) -> list[Any]:
-        """What was sent or queued through a shared subscription and another connected member may have: QoS 1 in flight
-        and what queues in memory. QoS 2 already sent waits for this client [MQTT-4.8.2-4], and so does what queues on
-        disk. It is removed, but for what is in flight and stored: that waits for `moved`.
-
-        When the session is `over`, any member will do, and what is on disk and still in memory is taken too."""
-        taken = []
-        inflight = self.inflight
-        if inflight is not None and inflight.refs is not None:
-            for ident, state, _, _, ref in inflight.entries():
-                if ref is not None and ref[1] is not None and state == SENT and self._leaves(ref[1], ref[2], over):
-                    pending = inflight.stored_of(ident)
-                    seq = self._seq_of(ident) if pending is not None else 0
-                    if pending is None:
-                        inflight.remove(ident)
-                    taken.append((ref[2], ref[3], ref[4], ref[5], ref[0], ref[1], seq, pending))
-        self.queue = self._without_shared(self.queue, taken, over)
-        if self.spool is not None:
-            self.spool.tail = self._without_shared(self.spool.tail, taken, over)
-        return taken
-
-    def _leaves(self, group: Any, message: Message, over: bool) -> bool:
-        return bool(group.members) if over else bool(group.elsewhere(self, message))
-
-    def group_of(self, mark: int) -> Any:
-        """The `$share` group with this mark, if the session is a member."""
-        for subscription in self.subscriptions or ():
-            if subscription.group is not None and subscription.group.mark == mark:
-                return subscription.group
-        return None
-
-    def has_room(self, size: int) -> bool:
-        """As `Receiver.has_room`: half of the queue is left to live messages."""
-        limits = self.core.limits
-        if self.outbox is None:
-            if not self.persistent or limits.max_queued_messages == 0:
-                return False
-        elif self.outbox.congested:
-            return False
-        full = limits.max_queued_bytes and 2 * (self.queue_bytes + size) > limits.max_queued_bytes
-        return self.waiting <= limits.max_queued_messages // 2 and not full
-
-    def take_queued(self, group: Any) -> list[Any]:
-        """Remove and return what queues in memory through a group that the session has left."""
-        taken: list[Any] = []
-        self.queue = _without(self.queue, group, taken)
-        if self.spool is not None:
-            self.spool.tail = _without(self.spool.tail, group, taken)
-        for entry in taken:
-            self.queue_bytes -= entry[0].size
-        return taken
-
-    def _without_shared(self, queue: Any, taken: list[Any], over: bool) -> Any:
-        if queue is None:
-            return None
-        kept: Any = deque()
-        for entry in queue:
-            on_disk = not over and entry[7] is not None and entry[7].state != OPEN
-            if entry[5] is None or on_disk or not self._leaves(entry[5], entry[0], over):
-                kept.append(entry)
-            else:
-                self.queue_bytes -= entry[0].size
-                taken.append(entry)
-        return kept if kept else None
-
-    def moved(self, entry: Any) -> None:
-        """Another member of the group has what `take_shared` returned."""
-        message, seq, pending = entry[0], entry[6], entry[7]
-        spool = self.spool
-        if pending is None or spool is None:
-            return
-        copy = message.pending
-        in_flight = self.inflight is not None and self.inflight.stored_of((seq - 1) % 65535 + 1) is pending
-        if (pending.state == STORED or pending.state == WRITING) and copy is not None and copy.state == OPEN:
-            self.core.journal.moves(message, spool, seq)
-            if in_flight:
-                if self.inflight is not None:
-                    self.inflight.attach((seq - 1) % 65535 + 1, None)  # it moves once
-                return
-        if in_flight:
-            spool.gave(seq)
-        else:
-            spool.finish(seq, pending, self.inflight)
-
-    def purge(self, filter_topics: Any, reason: str = "unauthorized") -> None:
-        """Drop queued messages whose topic `filter_topics(topic)` rejects; what is in flight finishes."""
-        if self.retained is not None:
-            self.retained = deque(entry for entry in self.retained if filter_topics(entry[0].topic)) or None
-        given_up: list[Any] = []
-        self.queue = _purged(self.queue, filter_topics, given_up)
-        if self.spool is not None:
-            self.spool.tail = _purged(self.spool.tail, filter_topics, given_up)
-        for entry in given_up:  # whoever is told may publish to this very session
-            self.discard(entry, reason)
-        if self.blocked is not None:
-            self.unblock()
-
-    def drop_queue(self, reason: str) -> None:
-        """Give up everything that queues; what is in flight finishes."""
-        if self.spool is not None:
-            self.spool.forget_all(reason)
-            self.core.journal.snapshot(self.spool)
-        else:
-            self.purge(lambda topic: False, reason)
-        if self.blocked is not None:
-            self.unblock()
-
-    def outdated(self, message: Message) -> str:
-        """Why a message that comes back from disk is not delivered any more; empty when it is."""
-        if message.expires != 0 and message.expires <= self.core.now:
-            return "expired"
-        if message.clock_ms < self._oldest_kept():
-            return "too_old"
-        withheld: str = self.core.withholds(self, message) if self.core.withholds is not None else ""
-        return withheld
-
-    @property
-    def queued(self) -> int:
-        """Messages waiting, those in flight included."""
-        return self.waiting + (self.inflight.count if self.inflight else 0)
-
-
-def _purged(queue: Any, filter_topics: Any, given_up: list[Any]) -> Any:
-    """What stays of a queue; the rest is added to `given_up`."""
-    if queue is None:
-        return None
-    kept: Any = deque()
-    for entry in queue:
-        (kept if filter_topics(entry[0].topic) else given_up).append(entry)
-    return kept if kept else None
-
-
-def _without(queue: Any, group: Any, taken: list[Any]) -> Any:
-    if queue is None:
-        return None
-    kept: Any = deque()
-    for entry in queue:
-        (taken if entry[5] is group else kept).append(entry)
-    return kept if kept else None
-
-
-def filter_of(subscription: Subscription) -> bytes:
-    """The filter as the client wrote it."""
-    group = subscription.group
-    name: bytes | None = getattr(group, "name", None)
-    return subscription.filter if name is None else b"$share/" + name + b"/" + subscription.filter
-
 
 def will_fields(session: Session, at_ms: int) -> dict[str, Any]:
     """A will as the journal keeps it: `at_ms` is when it is due on the store's clock, 0 while the client is there."""
@@ -917,31 +621,3 @@ def will_fields(session: Session, at_ms: int) -> dict[str, Any]:
         "terms": session.will_terms,
         "origin": will.origin.prefix() + "}" if will.origin is not None else "",
     }
-
-
-def split_head(head: bytes) -> bytes:
-    """The topic of the first piece of a PUBLISH."""
-    at = 1
-    while head[at] & 128:
-        at += 1
-    return head[at + 3 :]
-
-
-def split_body(body: bytes) -> tuple[bytes, bytes]:
-    """(properties, payload) of the second piece of an MQTT 5 PUBLISH."""
-    size = 0
-    shift = 0
-    at = 0
-    while True:
-        byte = body[at]
-        at += 1
-        size |= (byte & 127) << shift
-        shift += 7
-        if not byte & 128:
-            return body[at : at + size], body[at + size :]
-
-
-def convert_packet(head: bytes, body: bytes, v5: bool) -> tuple[bytes, bytes]:
-    """The two pieces of a PUBLISH for the other protocol version: a client may come back with another one."""
-    body = b"\x00" + body if v5 else split_body(body)[1]
-    return encode_head(split_head(head), head[0], len(body) + 2), body

@@ -7,8 +7,9 @@ from typing import Any
 
 from broker.engine.core import Core
 from broker.engine.inflight import RELEASED, SENT, Inflight
-from broker.engine.message import Message, Origin
-from broker.engine.session import Session, filter_of, split_body, split_head
+from broker.engine.message import Message, Origin, split_body, split_head
+from broker.engine.receiver import filter_of
+from broker.engine.session import Session
 
 FORMAT = 1
 
@@ -60,7 +61,7 @@ def import_session(engine: Any, state: dict[str, Any]) -> Session:
     session.encoded5 = state["encoded5"]
     engine.sessions[client_id] = session
     for filter, qos, no_local, rap, ident in state["subscriptions"]:
-        engine.restore_subscription(session, filter, qos, no_local, rap, ident)
+        engine.subscriptions.restore(session, filter, qos, no_local, rap, ident)
     if state["received"]:
         session.received = bytearray(state["received"])
         session.received_count = sum(byte.bit_count() for byte in session.received)

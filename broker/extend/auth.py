@@ -162,6 +162,9 @@ class AuthBackend(Protocol):
     - ``reopen_on_reload = True``: opened anew at each reload (it reads files);
     - ``without_password = True``: is asked about clients without a password too, with an empty one: what they prove
       themselves with is in `Client.certificate` or is the user name;
+    - ``at_once(client, password) -> Answer | None``: what `authenticate` would answer, when that needs nobody and no
+      thread and takes far less than a millisecond; None: ask `authenticate`. Called for each login that is not in the
+      cache, without deadline or bulkhead;
     - ``screen(client) -> Refusal | None``: asked before everything else about every client that logs in, also one
       with a certificate or without any name; must be quick and never raise;
     - ``async reread()``: the accounts it keeps were edited (`Accounts`): read them again;

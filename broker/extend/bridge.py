@@ -30,9 +30,15 @@ class Local(Protocol):
 
     node: str
     """The broker's node name."""
+    lanes: int
+    """The lanes the broker has for this instance: those configured, or more when some of a time before may still hold
+    messages."""
+    echoes: bool
+    """Whether what `publish` brings comes back through `receive`: a foreign broker does not know that they are one."""
 
-    async def receive(self, handler: Handler) -> Connection:
-        """Attach to the durable session `isthmus/<instance>/0`: gets PUBLISH, sends acknowledgements, never paused."""
+    async def receive(self, handler: Handler, lane: int = 0) -> Connection:
+        """Attach to the durable session `isthmus/<instance>/<lane>`: gets PUBLISH, sends acknowledgements, never
+        paused."""
 
     async def publish(self, handler: Handler) -> Connection:
         """Attach to the durable session `isthmus/<instance>/in`, which only publishes."""

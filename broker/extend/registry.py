@@ -53,6 +53,8 @@ class Backend:
     """Takes the validated configuration, returns the opened backend."""
     extra: str | None = None
     """The optional extra that brings the driver: ``pip install 'isthmus[ldap]'``."""
+    one_process: bool = False
+    """Whether all lanes of a sink must be in one worker process, because its destination takes one writer only."""
 
 
 class UnknownKind(LookupError):

@@ -11,14 +11,17 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from broker.engine.channel import LIVE
-from broker.engine.engine import RESERVED, Engine
+from broker.engine.engine import Engine
+from broker.engine.inbox import LIVE
+from broker.engine.instances import RESERVED
 from broker.engine.message import Message, Origin
 from broker.mqtt.codes import V31, ReasonCode
 
 log = logging.getLogger(__name__)
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_TELL_EVERY = 1.0
+_MOST_LOSERS = 1_000  # clients and reasons in one report; what others lost is one event without a client
 _NAMES = {int(code): code.name.lower() for code in ReasonCode} | {0: "normal_disconnection"}
 
 
@@ -30,6 +33,9 @@ class ClientEvents:
         self._wanted: frozenset[str] = frozenset()
         self._since: dict[Any, int | None] = {}
         """Welcomed connections and when that was: each gets one event at its end."""
+        self._lost: dict[tuple[Any, str], int] = {}
+        """Messages dropped since the last report, by the session whose they were and the reason."""
+        self._telling = False
 
     def watch(self, events: Iterable[str]) -> None:
         """From now on publish exactly these events."""
@@ -37,9 +43,13 @@ class ClientEvents:
         self._wanted = frozenset(events)
         if not self._wanted:
             self._since = {}
-        elif engine.observer is not self:  # nobody noted when those came that are here already
+        elif engine.core.observer is not self:  # nobody noted when those came that are here already
             self._since = dict.fromkeys(engine.clients())
-        engine.observer = self if self._wanted else None
+        engine.core.observer = self if self._wanted else None
+        if "message_dropped" in self._wanted:
+            engine.core.on_drop = self.dropped
+        elif engine.core.on_drop is not None:
+            engine.core.on_drop = None
 
     # the engine tells -----------------------------------------------------------------------------------------
 
@@ -93,16 +103,39 @@ class ClientEvents:
             for filter in filters:
                 self._publish("session_unsubscribed", session, session.channel, {"topic": filter.decode()})
 
+    def dropped(self, reason: str, count: int, session: Any) -> None:
+        """Told once a second: whoever is too slow loses thousands, and each event may be one more to lose."""
+        if self._telling:  # it was an event
+            return
+        if not self._lost:
+            self._engine.timers.at(self._engine.core.now + _TELL_EVERY, self._tell_lost)
+        key = (session, reason)
+        if key not in self._lost and len(self._lost) >= _MOST_LOSERS:
+            key = (None, reason)
+        self._lost[key] = self._lost.get(key, 0) + count
+
+    def _tell_lost(self) -> None:
+        lost, self._lost = self._lost, {}
+        self._telling = True
+        try:
+            for (session, reason), count in lost.items():
+                if "message_dropped" in self._wanted:
+                    channel = session.channel if session is not None else None
+                    self._publish("message_dropped", session, channel, {"reason": reason, "count": count})
+        finally:
+            self._telling = False
+
     def _publish(self, event: str, session: Any, channel: Any, fields: dict[str, Any]) -> None:
         engine, core = self._engine, self._engine.core
         host = channel.peerhost if channel is not None else ""
-        who = {"clientid": session.client_id, "username": session.owner, "ipaddress": host or None}
+        name, owner = (session.client_id, session.owner) if session is not None else ("", None)
+        who = {"clientid": name or None, "username": owner, "ipaddress": host or None}
         payload = _encode({"event": event, **who, **fields, "ts": core.wall_ms, "node": core.node})
-        origin = Origin(session.client_id, session.owner, host, None, None, core.node)
+        origin = Origin(name, owner, host, None, None, core.node)
         try:
             engine.publish(Message(f"$events/{event}".encode(), payload.encode(), 1, False, b"", 0.0, origin))
         except Exception:
-            log.exception("the event %s of client %r could not be published", event, session.client_id)
+            log.exception("the event %s of client %r could not be published", event, name)
             core.count("internal_error")
 
 

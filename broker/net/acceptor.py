@@ -93,7 +93,11 @@ class Acceptor:
                 return
             self._credit -= 1.0
             accepted_fd = accepted.fileno()
-            self._take(accepted, address, now)
+            try:
+                self._take(accepted, address, now)
+            except Exception:  # those who wait in the queue are still to be accepted
+                log.exception("internal error while listener %r accepts a connection; it is closed", self._name)
+                accepted.close()
             if accepted_fd + 1 >= watermark:
                 self._run_short()
                 return

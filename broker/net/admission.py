@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import ssl
@@ -18,6 +19,8 @@ from broker.net.connection import Connection, foreign_speech, peer_of
 from broker.net.handshakes import Waiting
 from broker.net.refusal import Refusal
 from broker.net.shared import Shared
+
+log = logging.getLogger(__name__)
 
 SHUTDOWN = 2.0
 """Seconds a peer has to answer our TLS close_notify."""
@@ -125,6 +128,8 @@ class Admission:
             await self.loop.connect_accepted_socket(self._factory(peer, since), sock)
         except OSError:  # gone before it began
             self.released("hung_up")
+        except Exception as error:
+            self._drop(sock, peer, error)
 
     async def _shake_hands(self, waiting: Waiting) -> None:
         now = self.loop.time()
@@ -144,6 +149,13 @@ class Admission:
             if isinstance(error, asyncio.CancelledError):
                 raise
             self.report("tls", f"{waiting.peer} {tls.failure_text(error)}, listener {self.name!r}; closed")
+        except Exception as error:
+            self._drop(waiting.sock, waiting.peer, error)
+
+    def _drop(self, sock: socket.socket, peer: str, error: Exception) -> None:
+        self.crashed(peer, error)
+        sock.close()
+        self.released("internal_error")
 
     async def adopt(self, sock: socket.socket, data: bytes = b"") -> None:
         """Serve a plain connected socket that somebody else accepted, beginning with the bytes already read from it."""
@@ -174,8 +186,9 @@ class Admission:
         if info.max_connections and self.channels >= info.max_connections:
             self._report_full()
             return Refusal(self.shared, link, self.lost)
+        channel = self.engine.open_channel(link, info, peer, accepted_at=since)
         self.channels += 1
-        return self.engine.open_channel(link, info, peer, accepted_at=since)
+        return channel
 
     def identity_of(self, transport: Any, peer: str) -> dict[str, str] | None:
         """What the client certificate says; None when the connection must end because of it."""
@@ -195,6 +208,11 @@ class Admission:
         if not origins or not isinstance(config, WebSocket) or "*" in config.origins:
             return True
         return len(origins) == 1 and origins[0].lower() in {origin.lower() for origin in config.origins}
+
+    def crashed(self, peer: str, error: Exception) -> None:
+        """An error of ours before a connection had its channel: that connection ends, and no other."""
+        log.error("internal error while %s connects to listener %r; closed", peer, self.name, exc_info=error)
+        self.engine.core.count("internal_error")
 
     def left(self) -> None:
         """A connection that had a channel of the engine is gone."""

@@ -45,11 +45,16 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         """Open the channel; its deadline counts from the accept."""
         listener = self.listener
-        identity = listener.identity_of(transport, self.peer)
-        if identity is None:
+        try:
+            identity = listener.identity_of(transport, self.peer)
+            if identity is None:
+                transport.abort()
+                return
+            channel = listener.open_channel(transport, self.peer, self.since)
+        except Exception as error:
+            listener.crashed(self.peer, error)
             transport.abort()
             return
-        channel = listener.open_channel(transport, self.peer, self.since)
         if identity:
             channel.identity = identity
         transport.set_protocol(channel)
@@ -77,7 +82,13 @@ class Arrivals(asyncio.Protocol):
             transport.abort()
             return
         peer = peer_of(transport.get_extra_info("peername"))
-        transport.set_protocol(listener.open_channel(transport, peer, listener.loop.time()))
+        try:
+            channel = listener.open_channel(transport, peer, listener.loop.time())
+        except Exception as error:
+            listener.crashed(peer, error)
+            transport.abort()
+            return
+        transport.set_protocol(channel)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """A connection that was one too many is gone."""

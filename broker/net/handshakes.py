@@ -37,6 +37,10 @@ class Secure(Protocol):
         """A socket is gone that never became a connection."""
         ...
 
+    def crashed(self, peer: str, error: Exception) -> None:
+        """An error of ours ends this socket."""
+        ...
+
 
 class Waiting:
     """A socket that has not spoken yet, or whose turn has not come."""
@@ -94,7 +98,12 @@ class Handshakes:
 
     def _start(self) -> None:
         for _ in range(min(PER_TICK, len(self._ready))):
-            self._examine(self._ready.popleft())
+            waiting = self._ready.popleft()
+            try:
+                self._examine(waiting)
+            except Exception as error:  # those behind it are still to have their turn
+                waiting.listener.crashed(waiting.peer, error)
+                self._drop(waiting, "internal_error", None)
         self._starting = bool(self._ready)
         if self._starting:
             self._loop.call_soon(self._start)
@@ -129,7 +138,11 @@ class Handshakes:
                 break
             late.append(fd)
         for fd in late:
-            self._drop(self._forget(fd), "deadline", "said nothing to a TLS port until the connect deadline")
+            waiting = self._forget(fd)
+            try:
+                self._drop(waiting, "deadline", "said nothing to a TLS port until the connect deadline")
+            except Exception as error:
+                waiting.listener.crashed(waiting.peer, error)
         self._timer = self._loop.call_later(LOOK, self._look) if self._silent else None
 
     def _forget(self, fd: int) -> Waiting:

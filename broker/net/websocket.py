@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 SUBPROTOCOL = "mqtt"
 LONGEST_REQUEST = 16 * 1024
 """Bytes of an upgrade request; picows stops there too, but without an answer."""
-BEFORE_LOGIN = 64 * 1024
-"""Bytes a client may send after the upgrade before it got its first answer; the engine's limit for a CONNECT."""
+BEFORE_LOGIN = 64 * 1024 + 256
+"""Bytes a client may send after the upgrade before it got its first answer: the engine's limit for a CONNECT, and the
+headers of some frames around it."""
 FRAME_MARGIN = 64 * 1024
 """How much larger than the largest packet a frame may be: several packets may share one."""
 PONG_LIMIT = 64 * 1024
@@ -74,6 +75,7 @@ class WebSocketLink(WSListener):
 
     def close(self) -> None:
         """Say goodbye and close when everything is sent."""
+        self.failed = True  # what the goodbye fills up is no channel's business any more
         if not self.transport.is_closing():
             self.socket.send_close(WSCloseCode.OK)
             self.transport.close()
@@ -123,7 +125,12 @@ class WebSocketLink(WSListener):
         headers.clear()  # picows keeps request and answer for as long as the connection lives
         transport.response.headers.clear()
         assert self.protocol is not None
-        self.channel = self.listener.open_channel(self, self.peer, self.protocol.since)
+        try:
+            self.channel = self.listener.open_channel(self, self.peer, self.protocol.since)
+        except Exception as error:
+            self.listener.crashed(self.peer, error)
+            self.transport.abort()
+            return
         if identity:
             self.channel.identity = identity
 
@@ -159,7 +166,7 @@ class WebSocketLink(WSListener):
 
     def pause_writing(self) -> None:
         """The transport holds more than the peer takes."""
-        if self.channel is not None:
+        if self.channel is not None and not self.failed:
             self.channel.pause_writing()
 
     def resume_writing(self) -> None:
@@ -216,8 +223,12 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
         super().connection_made(transport)
 
     def get_buffer(self, hint: int) -> Any:
-        """Where to put the next bytes; those of a refused peer go nowhere."""
-        return memoryview(_SCRATCH) if self._room < 0 and self.link is None else super().get_buffer(hint)
+        """Where to put the next bytes, no more of them than are allowed; those of a refused peer go nowhere."""
+        if not self._early:
+            return super().get_buffer(hint)
+        if self.link is None:
+            return memoryview(_SCRATCH) if self._room < 0 else super().get_buffer(hint)
+        return memoryview(super().get_buffer(hint))[: max(self._room, 1)]
 
     def buffer_updated(self, count: int) -> None:
         """Bytes have arrived."""

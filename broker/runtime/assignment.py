@@ -23,6 +23,10 @@ class Assignment:
     """The table as it was applied, secrets in clear: never logged, never put on a command line."""
     fingerprint: str = ""
     """Also differs when a file that the table names was changed, such as a certificate."""
+    lanes: int = 0
+    """Lanes the broker has for it: more than configured when some of a time before may still hold messages."""
+    share: tuple[int, ...] = ()
+    """The lanes that one of several workers runs; empty: all of them."""
 
     def __repr__(self) -> str:
         return f"Assignment({self.key}, kind={self.kind})"
@@ -33,9 +37,9 @@ class Assignment:
         return f"{self.room}.{self.name}"
 
     @classmethod
-    def of(cls, instance: Instance, base: Path) -> Assignment:
+    def of(cls, instance: Instance, base: Path, lanes: int = 0) -> Assignment:
         """What a worker needs to know of a loaded instance."""
-        return cls(instance.room, instance.name, instance.kind, str(base), instance.raw, instance.fingerprint)
+        return cls(instance.room, instance.name, instance.kind, str(base), instance.raw, instance.fingerprint, lanes)
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes on the other side."""
@@ -44,4 +48,4 @@ class Assignment:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Assignment:
         """The inverse of `to_json`."""
-        return cls(**value)
+        return cls(**{**value, "share": tuple(value["share"])})

@@ -22,7 +22,8 @@ class Attach(Protocol):
     """Seconds between two tries to attach, at most."""
 
     async def __call__(self, instance: str, part: str, handler: Handler, spec: SessionSpec) -> Connection:
-        """Attach to ``isthmus/<instance>/<part>``: a lane's number, or ``in``, which only publishes.
+        """Attach to ``isthmus/<instance>/<part>``: a lane's number, or ``in``, which only publishes (``in-2``: beside
+        lane 2 and others, in a worker of their own).
 
         Raises ConnectionError, which is tried again, or ValueError for what will never work.
         """

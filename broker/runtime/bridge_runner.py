@@ -35,12 +35,17 @@ class BridgeRunner:
         attach: Attach,
         node: str,
         *,
+        lanes: int = 0,
         marker: Marker | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = config.name
         self.node = node
         """The broker's node name."""
+        self.lanes = lanes
+        """The lanes the broker has for it: more than configured when some of a time before still hold messages."""
+        self.echoes = not attach.trusted
+        """Whether the broker gives the bridge back what it published: only our own knows better."""
         self._backend = backend
         self._config = config
         self._attach = attach
@@ -93,9 +98,9 @@ class BridgeRunner:
 
     # extend.bridge.Local
 
-    async def receive(self, handler: Handler) -> Connection:
+    async def receive(self, handler: Handler, lane: int = 0) -> Connection:
         """See `extend.bridge.Local`."""
-        return await self._connect("0", handler)
+        return await self._connect(str(lane), handler)
 
     async def publish(self, handler: Handler) -> Connection:
         """See `extend.bridge.Local`."""

@@ -1,8 +1,10 @@
 """``isthmus worker --broker URL``: our sinks and bridges, fed by any MQTT 5 broker.
 
-What differs from the internal listener: sessions and subscriptions are made here, QoS 0 messages stay QoS 0,
-acknowledgements are sent strictly in order, and nobody vouches for who published, so `$isthmus` is never believed and
-a template that needs it is refused. Lanes share their subscriptions (``$share``): the broker spreads messages freely.
+What differs from the internal listener: sessions and subscriptions are made here, and taken back when the
+configuration does not ask for them any more; QoS 0 messages stay QoS 0, acknowledgements are sent strictly in order,
+and nobody vouches for who published, so `$isthmus` is never believed and a template that needs it is refused (`adapt`).
+Lanes share their subscriptions (``$share``): the broker spreads messages freely. A bridge knows what it brought in by a
+mark of its own.
 """
 
 from __future__ import annotations
@@ -16,45 +18,46 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TextIO
-from urllib.parse import unquote, urlsplit, urlunsplit
 
+from broker.client import address
 from broker.client.connection import Connection, Handler, connect
 from broker.client.errors import reason
-from broker.config.settings import Instance, Settings, restore
-from broker.config.template import Template
-from broker.extend.record import VOUCHED
-from broker.extend.registry import InstanceConfig
+from broker.config.settings import Instance, Settings
 from broker.extend.session import SessionSpec
+from broker.mqtt.packets import Publish
 from broker.runtime import instance_log
+from broker.runtime.adapt import Refused, adapt_all, without_effect
 from broker.runtime.assignment import Assignment
 from broker.runtime.attach import FOREVER
 from broker.runtime.backoff import Backoff
+from broker.runtime.footprint import Footprint
 from broker.runtime.host import Host
 from broker.runtime.worker import DRAIN
 
 _log = logging.getLogger(__name__)
 
 _CONNECT_WITHIN = 30.0
-_RETAIN_HANDLING = {"always": 0, "new": 1, "never": 2}
+_LOOK = 1.0  # seconds a broker has, behind its answer to a ping, to begin with what it queues
 _NO_LOCAL, _RETAIN_AS_PUBLISHED = 4, 8
-
-
-class Refused(ValueError):
-    """These instances cannot run beside a foreign broker."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
+_RETAINED_ALL, _RETAINED_NEW, _RETAINED_NONE = 0x00, 0x10, 0x20  # [MQTT-3.3.1-9] to [MQTT-3.3.1-11]
 
 
 class _Quiet(Handler):
     """Takes nothing: what is delivered to it is delivered again to the lane."""
 
     receive_maximum = 1
+    empty = True
+    """Whether nothing was delivered that somebody must acknowledge."""
+
+    def on_publish(self, conn: Connection, publish: Publish) -> None:
+        self.empty = self.empty and not publish.qos
 
 
 class Foreign:
-    """Attaches to somebody else's broker and subscribes there."""
+    """Attaches to somebody else's broker and subscribes there.
+
+    ``sinks`` names the instances that have dead letters; ``footprint`` remembers what is left behind.
+    """
 
     trusted = False
     in_order = True
@@ -68,39 +71,97 @@ class Foreign:
         password: str | None = None,
         tls: ssl.SSLContext | None = None,
         sinks: Iterable[str] = (),
+        footprint: Footprint | None = None,
     ) -> None:
-        parts = urlsplit(url if "://" in url else f"mqtt://{url}")
-        if parts.username is not None:  # mqtt://user:password@host, which the client itself does not take
-            username = username or unquote(parts.username)
-            password = password or (unquote(parts.password) if parts.password else None)
-            url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         self._url = url
         self._username = username
         self._password = password
         self._tls = tls
         self._sinks = set(sinks)
+        self._footprint = footprint
         self._kept: set[str] = set()
+        self._fresh: set[str] = set()
+        """Sessions that are new and have not been sent retained messages."""
 
     async def __call__(self, instance: str, part: str, handler: Handler, spec: SessionSpec) -> Connection:
-        if part == "in" and instance in self._sinks:
-            await self._keep_dead_letters(instance)
-        conn = await self._connect(f"isthmus/{instance}/{part}", handler)
-        if part != "in" and spec.filters:
-            await self._subscribe(conn, _subscriptions(instance, spec))
+        if part == "in":
+            if instance in self._sinks:
+                await self._keep_dead_letters(instance)
+            return await self._connect(f"isthmus/{instance}/in", handler)
+        client_id = f"isthmus/{instance}/{part}"
+        conn = await self._connect(client_id, handler)
+        if spec.filters and int(part) < spec.lanes:
+            new = client_id in self._fresh or not conn.session_present
+            await self._subscribe(conn, _subscriptions(instance, spec, _retained(spec, new)))
+            self._fresh.discard(client_id)
         return conn
 
-    async def prepare(self, instance: str, spec: SessionSpec) -> None:
-        """Make the sessions of one instance, so that the broker queues for it from now on."""
+    async def prepare(self, instance: str, spec: SessionSpec) -> int:
+        """Make the sessions of one instance, so that the broker queues for it from now on, and end subscriptions it no
+        longer has. Returns how many lanes there are: some of a time before may still hold messages."""
+        known = self._footprint.of(instance) if self._footprint is not None else {}
         for lane in range(spec.lanes):
-            await (await self(instance, str(lane), _Quiet(), spec)).disconnect()
+            await self._prepare_lane(instance, str(lane), spec, known.get(str(lane), []))
+        lanes = spec.lanes
+        for part in (part for part in known if int(part) >= spec.lanes):
+            if await self._retire(instance, part, known[part]):
+                lanes = max(lanes, int(part) + 1)
+        return lanes
 
-    async def _connect(self, client_id: str, handler: Handler) -> Connection:
+    def left_behind(self) -> list[str]:
+        """Names of the instances that have sessions there."""
+        return self._footprint.instances() if self._footprint is not None else []
+
+    async def forget(self, instance: str) -> bool:
+        """End the subscriptions of an instance that is not configured any more; whether a queue of it is left."""
+        known = self._footprint.of(instance) if self._footprint is not None else {}
+        return any([await self._retire(instance, part, filters) for part, filters in known.items()])
+
+    async def _prepare_lane(self, instance: str, lane: str, spec: SessionSpec, known: Sequence[str]) -> None:
+        conn = await self._connect(f"isthmus/{instance}/{lane}", _Quiet())
+        try:
+            new = not conn.session_present
+            if new:
+                self._fresh.add(conn.client_id)  # what is sent at QoS 0 would be lost on who is here now
+            wanted = _subscriptions(instance, spec, _RETAINED_NONE if new else _retained(spec, False))
+            names = [name for name, _ in wanted]
+            if gone := [name for name in known if name not in names]:
+                await conn.unsubscribe(gone)
+            if wanted:
+                await self._subscribe(conn, wanted)
+            if self._footprint is not None:
+                self._footprint.note(instance, lane, names)
+        finally:
+            await conn.disconnect()
+
+    async def _retire(self, instance: str, part: str, filters: Sequence[str]) -> bool:
+        """End the subscriptions of a session that is not wanted, and the session when nothing queues in it; whether it
+        is still there."""
+        client_id, quiet = f"isthmus/{instance}/{part}", _Quiet()
+        conn = await self._connect(client_id, quiet)
+        try:
+            left = conn.session_present
+            if left:
+                if filters:
+                    await conn.unsubscribe(filters)
+                await conn.ping()
+                await asyncio.sleep(_LOOK)
+                left = not quiet.empty
+        finally:
+            await conn.disconnect()
+        if not left:
+            await (await self._connect(client_id, _Quiet(), expiry=0)).disconnect()
+        if self._footprint is not None:
+            self._footprint.note(instance, part, [] if left else None)
+        return left
+
+    async def _connect(self, client_id: str, handler: Handler, expiry: int = FOREVER) -> Connection:
         return await connect(
             self._url,
             client_id=client_id,
             handler=handler,
             clean_start=False,
-            session_expiry=FOREVER,
+            session_expiry=expiry,
             keep_alive=10,
             username=self._username,
             password=self._password,
@@ -129,9 +190,17 @@ class Foreign:
         self._kept.add(instance)
 
 
-def _subscriptions(instance: str, spec: SessionSpec) -> list[tuple[str, int]]:
+def _retained(spec: SessionSpec, new: bool) -> int:
+    """Which retained messages the subscriptions of a session ask for: an existing one never gets them again."""
+    if spec.retained == "never":
+        return _RETAINED_NONE
+    if new:
+        return _RETAINED_ALL
+    return _RETAINED_NEW if spec.retained == "always" else _RETAINED_NONE
+
+
+def _subscriptions(instance: str, spec: SessionSpec, options: int) -> list[tuple[str, int]]:
     """Filters and option bytes; lanes share theirs, which excludes No Local [MQTT-3.8.3-4]."""
-    options = _RETAIN_HANDLING[spec.retained] << 4
     if spec.retain_as_published:
         options |= _RETAIN_AS_PUBLISHED
     if spec.lanes > 1:
@@ -139,57 +208,6 @@ def _subscriptions(instance: str, spec: SessionSpec) -> list[tuple[str, int]]:
     if spec.no_local:
         options |= _NO_LOCAL
     return [(f, qos | options) for f, qos in spec.filters]
-
-
-def adapt(instance: Instance, settings: Settings) -> Assignment:
-    """What to run of one instance, with defaults that need no metadata.
-
-    Raises Refused with a line for each key that asks for what only our own broker knows.
-    """
-    assignment = Assignment.of(instance, settings.base)
-    problems = [
-        f"{instance.origin}: {assignment.key}.{key}: ${{{name}}} in {template.text!r}: only Isthmus itself knows it"
-        for field in sorted(instance.config.model_fields_set)
-        for key, template in _templates(field, getattr(instance.config, field, None))
-        for name in _vouched(template)
-    ]
-    if any(getattr(line, "direction", None) == "both" for line in getattr(instance.config, "topics", ())):
-        problems.append(
-            f'{instance.origin}: {assignment.key}.topics: direction "both" needs Isthmus itself, '
-            "which knows where a message came from; elsewhere it would go round in circles"
-        )
-    if problems:
-        raise Refused(problems)
-    raw = {**instance.raw, **_defaults(instance.config)}
-    return replace(assignment, raw=raw)
-
-
-def _defaults(config: InstanceConfig) -> dict[str, Any]:
-    """In place of defaults that need metadata: the topic as key, tables without the entries in question."""
-    changed: dict[str, Any] = {}
-    for field in type(config).model_fields:
-        value = getattr(config, field)
-        if field in config.model_fields_set or not any(_vouched(t) for _, t in _templates(field, value)):
-            continue
-        if isinstance(value, dict):
-            changed[field] = {k: t.text for k, t in value.items() if isinstance(t, Template) and not _vouched(t)}
-        elif isinstance(value, Template):
-            changed[field] = "${topic}"
-    return changed
-
-
-def _templates(key: str, value: object) -> list[tuple[str, Template]]:
-    if isinstance(value, Template):
-        return [(key, value)]
-    if isinstance(value, dict):
-        return [found for name, item in value.items() for found in _templates(f"{key}.{name}", item)]
-    if isinstance(value, list | tuple):
-        return [found for item in value for found in _templates(key, item)]
-    return []
-
-
-def _vouched(template: Template) -> list[str]:
-    return [name for name in template.names if name.partition(".")[0].partition("[")[0] in VOUCHED]
 
 
 def select(settings: Settings, only: Sequence[str] = ()) -> list[Instance]:
@@ -216,32 +234,47 @@ async def work(
     """Make the sessions, say ``ready``, run until ``stop``; 3 when the broker was never reached."""
     try:
         async with asyncio.timeout(connect_within):
-            for instance in instances:
-                await _prepare(attach, instance, settings)
+            lanes = {instance.name: await _prepare(attach, instance) for instance in instances}
     except TimeoutError:
         _log.error("gave up: the broker could not be reached within %.0f s", connect_within)
         return 3
     names = {room: ",".join(i.name for i in instances if i.room == room) for room in ("sinks", "bridges")}
     instance_log.install()
     host = Host(attach, str(getattr(settings.broker, "name", "isthmus")))
-    await host.apply(assignments)
+    await host.apply(replace(assignment, lanes=lanes[assignment.name]) for assignment in assignments)
     print(f"ready sinks={names['sinks']} bridges={names['bridges']}", file=out, flush=True)
+    forgetting = asyncio.create_task(_forget(attach, settings))
     await stop.wait()
+    forgetting.cancel()
+    await asyncio.gather(forgetting, return_exceptions=True)
     await host.close(DRAIN)
     return 0
 
 
-async def _prepare(attach: Foreign, instance: Instance, settings: Settings) -> None:
+async def _prepare(attach: Foreign, instance: Instance) -> int:
     config: Any = instance.config
     wait = Backoff(0.2, 5.0)
     while True:
         try:
-            await attach.prepare(instance.name, config.session())
-            return
+            return await attach.prepare(instance.name, config.session())
         except (OSError, TimeoutError) as error:
             pause = wait.next()
             _log.warning("%s cannot attach to the broker, next try in %.1f s: %s", instance.name, pause, error)
             await asyncio.sleep(pause)
+
+
+async def _forget(attach: Foreign, settings: Settings) -> None:
+    """Instances whose tables are gone take nothing any more; what queues for them stays until somebody deletes it."""
+    for name in attach.left_behind():
+        if name in settings.sinks or name in settings.bridges:
+            continue
+        try:
+            if await attach.forget(name):
+                _log.warning(
+                    "%s is not configured any more; what queues for it stays in the sessions isthmus/%s/…", name, name
+                )
+        except (OSError, TimeoutError) as error:
+            _log.warning("the subscriptions of %s, which is not configured any more, stay: %s", name, error)
 
 
 def serve(
@@ -252,6 +285,7 @@ def serve(
     username: str | None = None,
     password: str | None = None,
     tls: ssl.SSLContext | None = None,
+    insecure: bool = False,
     connect_within: float = _CONNECT_WITHIN,
     out: TextIO | None = None,
 ) -> int:
@@ -259,17 +293,33 @@ def serve(
 
     Returns the exit code: 0 after a stop, 2 when the configuration cannot run there (one line per problem on standard
     error), 3 when the broker was not reached in time. Prints ``ready sinks=… bridges=…``, names joined by commas, once
-    the broker queues for us.
+    the broker queues for us. ``insecure`` lets a password cross the network in the clear. ValueError: a bad ``url``.
     """
+    broker = address.parse(url)
+    if password and not (insecure or broker.secure or broker.local):
+        print(
+            f"--broker {broker}: the password would cross the network in the clear: use mqtts:// or wss://, or say "
+            "--insecure",
+            file=sys.stderr,
+        )
+        return 2
     try:
         instances = select(settings, only)
-        assignments = _adapt_all(instances, settings)
-        attach = Foreign(
-            url, username=username, password=password, tls=tls, sinks=[i.name for i in instances if i.room == "sinks"]
-        )
+        assignments = adapt_all(instances, settings)
     except Refused as error:
         print(error, file=sys.stderr)
         return 2
+    for instance in instances:
+        for sentence in without_effect(instance, settings):
+            _log.warning("%s", sentence)
+    attach = Foreign(
+        url,
+        username=username,
+        password=password,
+        tls=tls,
+        sinks=[i.name for i in instances if i.room == "sinks"],
+        footprint=Footprint(settings.broker.data, url),
+    )
 
     async def main() -> int:
         stop = asyncio.Event()
@@ -297,19 +347,3 @@ def serve(
         return asyncio.run(main())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())
-
-
-def _adapt_all(instances: Sequence[Instance], settings: Settings) -> list[Assignment]:
-    adapted: list[Assignment] = []
-    problems: list[str] = []
-    for instance in instances:
-        try:
-            adapted.append(adapt(instance, settings))
-            restore(instance.room, instance.name, adapted[-1].raw, settings.base)
-        except Refused as error:
-            problems += error.problems
-        except ValueError as error:
-            problems.append(f"{instance.origin}: {instance.room}.{instance.name}: {error}")
-    if problems:
-        raise Refused(problems)
-    return adapted

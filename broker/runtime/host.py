@@ -113,12 +113,22 @@ class Host:
             alarm(text)
             return _Unrunnable(text)
         backend, config = instance.backend, instance.config
-        marker = self._marker(assignment.key)
+        marker, lanes = self._marker(assignment.key), assignment.lanes
         runner: SinkRunner | BridgeRunner
         if isinstance(config, SinkConfig):
-            runner = SinkRunner(backend, config, self._attach, marker=marker, changed=self._changed, alarm=alarm)
+            runner = SinkRunner(
+                backend,
+                config,
+                self._attach,
+                lanes=assignment.share or range(max(lanes, config.lanes)),
+                marker=marker,
+                changed=self._changed,
+                alarm=alarm,
+            )
         elif isinstance(config, BridgeConfig):
-            runner = BridgeRunner(backend, config, self._attach, self._node, marker=marker, changed=self._changed)
+            runner = BridgeRunner(
+                backend, config, self._attach, self._node, lanes=lanes, marker=marker, changed=self._changed
+            )
         else:
             return _Unrunnable(f"{assignment.room}.{assignment.kind} is neither a sink nor a bridge")
         runner.start(paused)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -36,6 +36,7 @@ class SinkRunner:
         config: SinkConfig,
         attach: Attach,
         *,
+        lanes: Sequence[int] | None = None,
         marker: Marker | None = None,
         changed: Callable[[], None] = lambda: None,
         alarm: Callable[[str], None] = lambda text: None,
@@ -45,6 +46,7 @@ class SinkRunner:
         self.lanes: list[Lane] = []
         self._backend = backend
         self._config = config
+        self._lanes = range(config.lanes) if lanes is None else lanes
         self._attach = attach
         self._marker = marker or Marker()
         self._changed = changed
@@ -58,7 +60,8 @@ class SinkRunner:
         self._sink: Sink | None = None
         self._opening: State = State.CONNECTING
         self._error: str | None = None
-        self._dead_letters = DeadLetters(self.name, lambda handler: attach(self.name, "in", handler, self._spec))
+        publishing = "in" if 0 in self._lanes else f"in-{self._lanes[0]}"  # of each worker that has a part of it
+        self._dead_letters = DeadLetters(self.name, lambda handler: attach(self.name, publishing, handler, self._spec))
         self._task: asyncio.Task[None] | None = None
 
     def start(self, paused: bool = False) -> None:
@@ -111,7 +114,7 @@ class SinkRunner:
             "retried": sum(lane.writer.retried for lane in lanes),
             "dead": sum(lane.dead for lane in lanes),
             "in_flight": sum(lane.in_flight for lane in lanes),
-            "lanes": self._config.lanes,
+            "lanes": len(self._lanes),
         }
         if dropped := sum(lane.dropped for lane in lanes):
             status["dropped"] = {"unqueued": dropped}
@@ -122,7 +125,7 @@ class SinkRunner:
         sink = await self._open()
         if self._config.where is not None:
             sink = Selection(sink, self._config.where)
-        for number in range(self._config.lanes):
+        for number in self._lanes:
             lane = self._lane(sink, number)
             self.lanes.append(lane)
             lane.start()

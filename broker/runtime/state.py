@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -34,6 +35,32 @@ _RANK = {state: rank for rank, state in enumerate(State)}
 def worst(states: Iterable[State]) -> State:
     """The one of `states` an operator should see; RUNNING when there is none."""
     return max(states, key=_RANK.__getitem__, default=State.RUNNING)
+
+
+def joined(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several parts of one instance report, as one: the worst state, what is counted added up, of anything else
+    what the first says that says something."""
+    if len(reports) == 1:
+        return dict(reports[0])
+    whole = added(reports)
+    if states := [State(report["state"]) for report in reports if "state" in report]:
+        whole["state"] = worst(states).value
+    return whole
+
+
+def added(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Numbers and tables of numbers are added up; of anything else the first that is not None counts."""
+    total: dict[str, Any] = {}
+    for report in reports:
+        for key, value in report.items():
+            before = total.get(key)
+            if before is None:
+                total[key] = value
+            elif isinstance(value, Mapping) and isinstance(before, Mapping):
+                total[key] = added((before, value))
+            elif isinstance(value, int) and isinstance(before, int):
+                total[key] = before + value
+    return total
 
 
 class Describer:

@@ -8,16 +8,18 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from broker.config.settings import Instance
+from broker.extend.sink import SinkConfig
 from broker.runtime import instance_log
 from broker.runtime.assignment import Assignment
 from broker.runtime.attach import Internal
 from broker.runtime.host import Host
 from broker.runtime.process import Death, Greeting, WorkerProcess
-from broker.runtime.state import State
+from broker.runtime.state import State, joined
 from broker.runtime.worker import DRAIN
 
 _log = logging.getLogger(__name__)
@@ -30,8 +32,9 @@ _COUNTED = ("acked", "retried", "dead")
 class Supervisor:
     """Spreads instances over worker processes and keeps those alive; with ``processes=0`` runs them in this one.
 
-    An instance stays in its worker as long as that exists. More than three deaths in a minute caused by one instance
-    park that instance: its worker goes on without it, until `resume` or a change of its configuration.
+    An instance stays in its worker as long as that exists; a sink of several lanes is spread over several workers. More
+    than three deaths in a minute caused by one instance park that instance: its worker goes on without it, until
+    `resume` or a change of its configuration.
     """
 
     def __init__(
@@ -49,14 +52,16 @@ class Supervisor:
         self._clock = clock
         self._assignments: dict[str, Assignment] = {}
         self._named: dict[str, str] = {}
-        self._placed: dict[str, str] = {}
+        self._lanes: dict[str, int] = {}  # of what may be spread over several workers
+        self._placed: dict[str, dict[str, tuple[int, ...]]] = {}
+        """By key: the workers that have it and, where there are several, the lanes of each."""
         self._workers: dict[str, WorkerProcess] = {}
         self._host: Host | None = None
         self._processes = 1
         self._paused: set[str] = set()
         self._parked: dict[str, str] = {}
         self._deaths: dict[str, deque[float]] = {}
-        self._reports: dict[str, dict[str, Any]] = {}
+        self._reports: dict[str, dict[str, dict[str, Any]]] = {}  # by key and worker
         self._counted: dict[str, dict[str, int]] = {}  # by workers that are gone
         self._down: dict[str, str] = {}
         self._alarms: dict[str, str] = {}
@@ -70,25 +75,30 @@ class Supervisor:
         bridges: Mapping[str, Instance],
         processes: int,
         base: Path | None = None,
+        lanes: Mapping[str, int] | None = None,
     ) -> None:
         """Run exactly the enabled ones of these. What did not change is not touched: same process, same connections.
 
-        ``base`` is the folder relative paths start at. Returns when what went is closed (bounded by seconds) and what
-        came is on its way; a destination that does not answer never holds this up.
+        ``base`` is the folder relative paths start at, ``lanes`` how many each has in the broker. Returns when what
+        went is closed (bounded by seconds) and what came is on its way; a destination that does not answer never holds
+        this up.
         """
         folder = Path.cwd() if base is None else base
         wanted: dict[str, Assignment] = {}
         named: dict[str, str] = {}
+        spread: dict[str, int] = {}
         for instance in (*sinks.values(), *bridges.values()):
             if instance.enabled:
-                assignment = Assignment.of(instance, folder)
+                assignment = Assignment.of(instance, folder, (lanes or {}).get(instance.name, 0))
                 wanted[assignment.key] = assignment
                 named[assignment.key] = str(getattr(instance.config, "worker", "") or "")
+                if isinstance(instance.config, SinkConfig) and not instance.backend.one_process:
+                    spread[assignment.key] = max(assignment.lanes, instance.config.lanes)
         async with self._lock:
             for key in self._assignments.keys() | wanted.keys():
                 if self._assignments.get(key) != wanted.get(key):
                     self._forget(key, gone=key not in wanted)
-            self._assignments, self._named, self._processes = wanted, named, processes
+            self._assignments, self._named, self._lanes, self._processes = wanted, named, spread, processes
             await self._spread()
 
     def status(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -99,22 +109,27 @@ class Supervisor:
         answer: dict[str, dict[str, dict[str, Any]]] = {"sinks": {}, "bridges": {}}
         inside = self._host.status() if self._host is not None else {}
         for key, assignment in self._assignments.items():
-            worker = self._workers.get(self._placed.get(key, ""))
+            workers = self._workers_of(key)
             entry: dict[str, Any] = {"state": State.CONNECTING.value, "last_error": None}
-            entry.update(self._reports.get(key, {}))
+            reports = self._reports.get(key, {})
+            if reports:
+                missing = [{"state": State.CONNECTING.value} for worker in workers if worker.name not in reports]
+                entry.update(joined([*reports.values(), *missing]))
             entry.update(inside.get(key, {}))
             for counter, before in self._counted.get(key, {}).items():
                 entry[counter] = entry.get(counter, 0) + before
             if key in self._parked:
                 entry.update(state=State.PARKED.value, last_error=self._parked[key])
-            elif worker is not None and worker.name in self._down:
-                entry.update(state=State.CONNECTING.value, last_error=self._down[worker.name])
+            elif down := [self._down[worker.name] for worker in workers if worker.name in self._down]:
+                entry.update(state=State.CONNECTING.value, last_error=down[0])
             if key in self._paused and key not in self._parked:
                 entry["state"] = State.PAUSED.value
             if key in self._alarms and entry["state"] != State.RUNNING:
                 entry["alarm"] = self._alarms[key]
-            entry["worker"] = worker.name if worker is not None else None if key in self._parked else "broker"
-            entry["pid"] = worker.pid if worker is not None else None if key in self._parked else os.getpid()
+            nowhere = key in self._parked
+            entry["worker"] = ",".join(w.name for w in workers) or (None if nowhere else "broker")
+            pids = [worker.pid for worker in workers] or [None if nowhere else os.getpid()]
+            entry["pid"] = pids if len(pids) > 1 else pids[0]
             answer[assignment.room][assignment.name] = entry
         return answer
 
@@ -167,29 +182,51 @@ class Supervisor:
             host, self._host = self._host, None
             await host.close(DRAIN)
         self._place(running)
-        loads = {name: {k: a for k, a in running.items() if self._placed[k] == name} for name in self._placed.values()}
+        loads: dict[str, dict[str, Assignment]] = {}
+        for key, assignment in running.items():
+            for name, share in self._placed[key].items():
+                loads.setdefault(name, {})[key] = replace(assignment, share=share)
         await self._retire(set(loads))
-        # An instance that moves leaves its old worker before it enters the new one.
-        shrinking = [n for n in loads if n in self._workers and self._workers[n].wanted.keys() - loads[n].keys()]
-        for name in shrinking:
-            kept = {k: a for k, a in loads[name].items() if k in self._workers[name].wanted}
-            await self._workers[name].apply(kept, self._paused & kept.keys())
+        # An instance, or a lane, that moves leaves its old worker before it enters the new one.
+        for name in loads.keys() & self._workers.keys():
+            before, load = self._workers[name].wanted, loads[name]
+            kept = {k: a for k, a in load.items() if k in before and before[k].share == a.share}
+            if before.keys() - kept.keys():
+                await self._workers[name].apply(kept, self._paused & kept.keys())
         await asyncio.gather(*(self._give(name, load) for name, load in loads.items()))
 
     def _place(self, running: Mapping[str, Assignment]) -> None:
         pool = [str(n) for n in range(1, self._processes + 1)]
-        placed = {}
+        placed: dict[str, dict[str, tuple[int, ...]]] = {}
         for key in running:
-            before = self._placed.get(key)
+            before = self._placed.get(key, {})
             own = self._named.get(key)
             if own:
-                placed[key] = own
-            elif before in pool:
-                placed[key] = before
+                placed[key] = {own: ()}
+            elif before and before.keys() <= set(pool) and len(before) == self._width(key):
+                placed[key] = self._dealt(key, list(before))
         for key in running:
             if key not in placed:
-                placed[key] = min(pool, key=lambda name: (sum(p == name for p in placed.values()), int(name)))
+                loads = {name: sum(name in workers for workers in placed.values()) for name in pool}
+                placed[key] = self._dealt(key, sorted(pool, key=lambda name: loads[name])[: self._width(key)])
         self._placed = placed
+        for key, reports in self._reports.items():
+            for name in reports.keys() - placed.get(key, {}).keys():
+                self._keep_count(key, name)
+
+    def _width(self, key: str) -> int:
+        """Over how many workers it is spread."""
+        return min(self._processes, max(1, self._lanes.get(key, 1)))
+
+    def _dealt(self, key: str, names: list[str]) -> dict[str, tuple[int, ...]]:
+        """The lanes of each of these workers; one alone has them all."""
+        if len(names) == 1:
+            return {names[0]: ()}
+        lanes = range(self._lanes[key])
+        return {name: tuple(lanes[number :: len(names)]) for number, name in enumerate(names)}
+
+    def _workers_of(self, key: str) -> list[WorkerProcess]:
+        return [self._workers[name] for name in self._placed.get(key, {}) if name in self._workers]
 
     async def _give(self, name: str, load: dict[str, Assignment]) -> None:
         paused = self._paused & load.keys()
@@ -214,9 +251,9 @@ class Supervisor:
         if "status" in message:
             self._down.pop(worker.name, None)
             for key, entry in message["status"].items():
-                if self._placed.get(key) != worker.name:
+                if worker.name not in self._placed.get(key, {}):
                     continue  # on its way out of there
-                self._reports[key] = entry
+                self._reports.setdefault(key, {})[worker.name] = entry
                 if entry.get("state") == State.RUNNING:
                     self._alarms.pop(key, None)
         elif "alarm" in message:
@@ -225,7 +262,7 @@ class Supervisor:
     def _on_death(self, worker: WorkerProcess, death: Death) -> None:
         self._down[worker.name] = f"its worker {death.reason} and is started again"
         for key in worker.wanted:
-            self._keep_count(key)
+            self._keep_count(key, worker.name)
         suspect = death.suspect
         if suspect is None or suspect not in self._assignments:
             return
@@ -262,9 +299,9 @@ class Supervisor:
 
     # private
 
-    def _keep_count(self, key: str) -> None:
-        """What its runner has counted so far goes on counting when the next one starts at zero."""
-        report = self._reports.pop(key, {})
+    def _keep_count(self, key: str, worker: str) -> None:
+        """What its runner there has counted so far goes on counting when the next one starts at zero."""
+        report = self._reports.get(key, {}).pop(worker, {})
         counted = self._counted.setdefault(key, {})
         for counter in _COUNTED:
             if isinstance(report.get(counter), int):
@@ -272,7 +309,8 @@ class Supervisor:
 
     def _forget(self, key: str, gone: bool = False) -> None:
         """A new start for an instance that changed, was resumed or went."""
-        self._keep_count(key)
+        for worker in list(self._reports.get(key, {})):
+            self._keep_count(key, worker)
         for remembered in (self._parked, self._deaths, self._alarms):
             remembered.pop(key, None)
         if gone:
@@ -284,8 +322,7 @@ class Supervisor:
         if self._host is not None:
             await (self._host.pause(key) if verb == "pause" else self._host.resume(key))
             return
-        worker = self._workers.get(self._placed.get(key, ""))
-        if worker is not None:
+        for worker in self._workers_of(key):
             worker.paused = self._paused & worker.wanted.keys()
             worker.tell({verb: key})
 

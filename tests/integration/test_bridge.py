@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bridges.mqtt import open_mqtt
 from broker.client.connection import connect
+from broker.client.tls import knows_psk
 from broker.mqtt.properties import user_property
 from tests.integration.bridge_harness import (
     Receiver,
@@ -24,6 +26,7 @@ from tests.integration.bridge_harness import (
 )
 from tests.ledger import Ledger
 from tests.servers import Certificates, Mosquitto
+from tests.servers.processes import free_port
 
 Start = Callable[..., Mosquitto]
 UNLIMITED = "max_queued_messages 0\nmax_inflight_messages 0"
@@ -60,7 +63,7 @@ async def test_messages_cross_both_ways_under_their_prefixes(near: Mosquitto, fa
         await far_sender.publish("region-1/commands/b", b"3")
         await until(lambda: bool(there.messages and here.messages), "one message on each side")
         await asyncio.sleep(0.1)
-        assert there.seen == [("region-1/telemetry/a", b"1"), ("region-1/commands/b", b"3")]
+        assert sorted(there.seen) == [("region-1/commands/b", b"3"), ("region-1/telemetry/a", b"1")]
         assert here.seen == [("commands/b", b"3")]
         assert bridge.status()["protocol"] == {"auto": "5"}.get(protocol, protocol)
 
@@ -347,6 +350,39 @@ async def test_b10_tls_is_verified_on_every_attempt(
         for _ in range(2):
             with pytest.raises(ConnectionError):
                 await opened.check()
+
+
+async def test_b10_the_bridge_shows_its_certificate_where_the_server_asks_for_one(
+    start_mosquitto: Start, near: Mosquitto, certs: Certificates
+) -> None:
+    far = start_mosquitto(tls=certs, tls_extra="require_certificate true\nuse_identity_as_username true")
+    url = f"mqtts://localhost:{far.tls_port}"
+    mine = {"ca": str(certs.ca), "certificate": str(certs.client), "key": str(certs.client_key)}
+    async with running(configure(servers=[url], tls=mine, topics=LINES), near.url) as bridge:
+        await connected(bridge)
+    assert "u'device-1'" in far.log(), "it came as who the certificate says"
+    with pytest.raises(ConnectionError):
+        await (await open_mqtt(configure(servers=[url], tls={"ca": str(certs.ca)}, topics=LINES))).check()
+
+
+async def test_b22_a_shared_key_is_who_we_are(start_mosquitto: Start, near: Mosquitto, tmp_path: Path) -> None:
+    if not knows_psk():
+        pytest.skip("Python 3.13 and newer can do this")
+    (tmp_path / "psk").write_text("region-1:c0ffee\n")
+    port = free_port()
+    far = start_mosquitto(
+        extra=UNLIMITED,
+        connection=f"listener {port} 127.0.0.1\npsk_file {tmp_path}/psk\npsk_hint isthmus\nallow_anonymous true",
+    )
+    url = f"mqtts://127.0.0.1:{port}"
+    good = configure(servers=[url], tls={"psk": "c0ffee", "psk_identity": "region-1"}, topics=LINES)
+    async with running(good, near.url) as bridge, receiver(far.url, "#") as there, sender(near.url) as out:
+        await connected(bridge)
+        await out.publish("telemetry/a", b"1", 1)
+        await until(lambda: there.seen == [("region-1/telemetry/a", b"1")], "the message")
+    for wrong in ({"psk": "c0ffef", "psk_identity": "region-1"}, {"psk": "c0ffee", "psk_identity": "region-2"}):
+        with pytest.raises(ConnectionError):
+            await (await open_mqtt(configure(servers=[url], tls=wrong, topics=LINES))).check()
 
 
 async def test_check_tells_a_wrong_password_and_leaves_a_running_bridge_alone(

@@ -22,7 +22,9 @@ from broker.config.settings import Settings, load_settings
 from broker.mqtt.packets import Publish
 from broker.mqtt.properties import user_property
 from broker.runtime import foreign
-from tests.servers import Mosquitto
+from broker.runtime.adapt import adapt
+from broker.runtime.footprint import Footprint
+from tests.servers import Certificates, Mosquitto
 
 SQLITE = """
 [sinks.store]
@@ -59,8 +61,9 @@ async def until(holds: Callable[[], bool], seconds: float = 20) -> None:
 async def working(config: Settings, url: str, only: Sequence[str] = ()) -> AsyncIterator[str]:
     """A worker in this process, from its line `ready` on."""
     instances = foreign.select(config, only)
-    assignments = [foreign.adapt(i, config) for i in instances]
-    attach = foreign.Foreign(url, sinks=[i.name for i in instances if i.room == "sinks"])
+    assignments = [adapt(i, config) for i in instances]
+    names = [i.name for i in instances if i.room == "sinks"]
+    attach = foreign.Foreign(url, sinks=names, footprint=Footprint(config.broker.data, url))
     stop, out = asyncio.Event(), io.StringIO()
     job = asyncio.create_task(foreign.work(config, attach, assignments, instances, stop, out))
     try:
@@ -234,15 +237,165 @@ def test_templates_that_need_what_only_we_know_are_refused_with_their_place(
     assert "${username}" in error
 
 
-def test_a_bridge_in_both_directions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = """
-    [bridges.hq]
-    kind = "mqtt"
-    servers = ["mqtt://127.0.0.1:9"]
-    topics = [{ filter = "a/#", direction = "both", remote_prefix = "x/" }]
-    """
-    assert foreign.serve(settings(tmp_path, text), "mqtt://127.0.0.1:1") == 2
-    assert "both" in capsys.readouterr().err
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+async def test_b06_a_bridge_in_both_directions_shows_each_message_once_on_each_side(
+    start_mosquitto: Callable[..., Mosquitto], tmp_path: Path, protocol: str
+) -> None:
+    """Beside Isthmus the origin of a message keeps it from going back; here the mark does."""
+    near, far = start_mosquitto(), start_mosquitto()
+    config = settings(
+        tmp_path,
+        f"""
+        [bridges.hq]
+        kind = "mqtt"
+        servers = ["{far.url}"]
+        protocol = "{protocol}"
+        topics = [{{ filter = "a/#", direction = "both", qos = 2, remote_prefix = "x/" }}]
+        """,
+    )
+    here, there = Collect(), Collect()
+    at_near = await connect(near.url, client_id="here", handler=here)
+    at_far = await connect(far.url, client_id="there", handler=there)
+    await at_near.subscribe([("a/#", 1)])
+    await at_far.subscribe([("x/#", 1)])
+    async with working(config, near.url):
+        await until(lambda: "Sending SUBACK to isthmus-1.hq" in far.log())
+        ours = await Publisher.connect(near.url, client_id="ours")
+        theirs = await Publisher.connect(far.url, client_id="theirs")
+        for qos in (1, 2):
+            await ours.publish("a/o", str(qos).encode(), qos)
+            await theirs.publish("x/a/t", str(qos).encode(), qos)
+        await until(lambda: len(here.got) >= 4 and len(there.got) >= 4)
+        await asyncio.sleep(0.5)  # long enough for several turns
+        for reader, prefix in ((here, b""), (there, b"x/")):
+            assert sorted((p.topic, p.payload) for p in reader.got) == [
+                (prefix + b"a/o", b"1"), (prefix + b"a/o", b"2"), (prefix + b"a/t", b"1"), (prefix + b"a/t", b"2"),
+            ]  # fmt: skip
+        marked = [
+            p for p in there.got if "x-bridge-origin" in dict((p.properties and p.properties.user_properties) or ())
+        ]
+        assert not marked, "the mark stays on this side"
+        await ours.disconnect()
+        await theirs.disconnect()
+    await at_near.disconnect()
+    await at_far.disconnect()
+
+
+async def test_retained_messages_come_once_also_those_of_qos_0(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    publisher = await Publisher.connect(mosquitto.url, client_id="dev")
+    await publisher.publish("telemetry/a", b"zero", 0, True)
+    await publisher.publish("telemetry/b", b"one", 1, True)
+    config = settings(tmp_path, SQLITE + "retained = true\n")
+    async with working(config, mosquitto.url):
+        await until(lambda: sorted(rows(tmp_path)) == ["one", "zero"])
+    async with working(config, mosquitto.url):
+        await publisher.publish("telemetry/c", b"live", 1)
+        await until(lambda: "live" in rows(tmp_path))
+    assert sorted(rows(tmp_path)) == ["live", "one", "zero"]
+    await publisher.disconnect()
+
+
+async def test_a_filter_that_was_taken_out_feeds_the_sink_no_more(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    both = SQLITE.replace('["telemetry/#"]', '["telemetry/#", "old/#"]')
+    async with working(settings(tmp_path, both), mosquitto.url):
+        pass
+    publisher = await Publisher.connect(mosquitto.url, client_id="dev")
+    await publisher.publish("old/a", b"queued before the change", 1)
+    async with working(settings(tmp_path, SQLITE), mosquitto.url):
+        await publisher.publish("old/a", b"after", 1)
+        await publisher.publish("telemetry/a", b"new", 1)
+        await until(lambda: "new" in rows(tmp_path))
+        assert rows(tmp_path) == ["queued before the change", "new"]
+    await publisher.disconnect()
+
+
+async def test_a_lane_that_is_no_more_is_emptied_and_takes_nothing_more(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    config = settings(tmp_path, SQLITE + "lanes = 3\n")
+    async with working(config, mosquitto.url):
+        pass
+    publisher = await Publisher.connect(mosquitto.url, client_id="dev")
+    for i in range(30):
+        await publisher.publish("telemetry/a", str(i).encode(), 1)  # the broker spreads them over three sessions
+    config = settings(tmp_path, SQLITE)
+    async with working(config, mosquitto.url):
+        await until(lambda: len(rows(tmp_path)) >= 30)
+        for i in range(30, 60):
+            await publisher.publish("telemetry/a", str(i).encode(), 1)
+        await until(lambda: len(rows(tmp_path)) >= 60)
+        await asyncio.sleep(0.3)
+        assert sorted(int(p) for p in rows(tmp_path)) == list(range(60))
+    async with working(config, mosquitto.url):
+        pass
+    assert Footprint(config.broker.data, mosquitto.url).of("store") == {"0": ["telemetry/#"]}
+    await publisher.disconnect()
+
+
+async def test_an_instance_whose_table_is_gone_takes_nothing_more(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    async with working(settings(tmp_path, SQLITE + SQLITE.replace("store", "other")), mosquitto.url):
+        pass
+    config = settings(tmp_path, SQLITE)
+    footprint = Footprint(config.broker.data, mosquitto.url)
+    assert footprint.instances() == ["other", "store"]
+    async with working(config, mosquitto.url):
+        await until(lambda: footprint.instances() == ["store"])
+    probe = await connect(mosquitto.url, client_id="isthmus/other/0", handler=Handler(), clean_start=False)
+    assert not probe.session_present, "nothing queued in it, so it is gone"
+    await probe.disconnect()
+
+
+def start_worker(root: Path, tmp_path: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "broker", "--conf", str(tmp_path / "conf.d"), "worker", *arguments],
+        cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str], how: signal.Signals | None = None) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    if how is not None:
+        process.send_signal(how)
+    try:
+        out, err = process.communicate(timeout=50)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return process.returncode, out, err
+
+
+def test_b10_the_command_shows_its_certificate_and_verifies_the_brokers(
+    start_mosquitto: Callable[..., Mosquitto], certs: Certificates, tmp_path: Path, root: Path
+) -> None:
+    broker = start_mosquitto(tls=certs, tls_extra="require_certificate true\nuse_identity_as_username true")
+    settings(tmp_path, SQLITE)
+    url = ("--broker", f"mqtts://localhost:{broker.tls_port}")
+    mine = ("--certificate", str(certs.client), "--key", str(certs.client_key))
+    worker = start_worker(root, tmp_path, *url, *mine, "--ca", str(certs.ca))
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready sinks=store bridges=\n", ended(worker, signal.SIGTERM)
+    assert ended(worker, signal.SIGTERM)[0] == 0
+    assert "device-1" in broker.log(), "it came as who the certificate says"
+    for arguments, ready in ((("--ca", str(certs.stranger_ca)), False), ((), False), (("--insecure",), True)):
+        worker = start_worker(root, tmp_path, *url, *mine, *arguments)
+        assert worker.stdout is not None
+        assert worker.stderr is not None
+        if ready:
+            assert worker.stdout.readline().startswith("ready ")
+        else:
+            assert "certificate" in next(line for line in worker.stderr if "cannot attach" in line)
+        code, out, _ = ended(worker, signal.SIGTERM)
+        assert (code, out) == (0, ""), arguments
+
+
+def test_a_password_crosses_no_network_in_the_clear_unless_somebody_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(tmp_path, SQLITE)
+    assert foreign.serve(config, "mqtt://192.0.2.1", username="u", password="hunter2") == 2
+    error = capsys.readouterr().err
+    assert "--insecure" in error
+    assert "hunter2" not in error
+    assert foreign.serve(config, "ws://broker.example/mqtt", password="hunter2") == 2
 
 
 def test_an_unknown_name_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -281,6 +281,28 @@ for _case, _samples in (("P-22", BAD_UTF8), ("P-23", CONTROLS)):
         _pair = b"\x26" + _text(_raw) + _text("v")
         _bad(f"publish_user_property_key_{_key}",
              _frame(0x30, _text("t"), bytes([len(_pair)]), _pair), V5, BOTH, 0x81, _case)  # fmt: skip
+        _string = _text(_raw)
+        for _name, _block_of in (("user_property", _block(_pair)), ("content_type", _block("03", _string)),
+                                 ("response_topic", _block("08", _string))):  # fmt: skip
+            _bad(f"connect_will_{_name}_{_key}",
+                 _connect(5, "06", _text("c"), _block_of, _text("w"), _text("")), V5, CLIENT, 0x81, _case)  # fmt: skip
+            if _name != "user_property":
+                _bad(f"publish_{_name}_{_key}", _frame(0x30, _text("t"), _block_of), V5, BOTH, 0x81, _case)
+        _bad(f"connect_user_property_{_key}", _connect(5, "02", _text("c"), properties=_block(_pair)), V5, CLIENT,
+             0x81, _case)  # fmt: skip
+        _bad(f"connect_authentication_method_{_key}",
+             _connect(5, "02", _text("c"), properties=_block("15", _string)), V5, CLIENT, 0x81, _case)  # fmt: skip
+        _bad(f"subscribe_user_property_{_key}",
+             _frame(0x82, "0001", _block(_pair), _text("t"), "00"), V5, CLIENT, 0x81, _case)  # fmt: skip
+        _bad(f"unsubscribe_user_property_{_key}",
+             _frame(0xA2, "0001", _block(_pair), _text("t")), V5, CLIENT, 0x81, _case)  # fmt: skip
+        for _first, _name in ((0x40, "puback"), (0x50, "pubrec"), (0x62, "pubrel"), (0x70, "pubcomp")):
+            _bad(f"{_name}_reason_string_{_key}",
+                 _frame(_first, "0001 00", _block("1f", _string)), V5, BOTH, 0x81, _case)  # fmt: skip
+        _bad(f"disconnect_reason_string_{_key}",
+             _frame(0xE0, "00", _block("1f", _string)), V5, CLIENT, 0x81, _case)  # fmt: skip
+        _bad(f"auth_reason_string_{_key}",
+             _frame(0xF0, "18", _block("15 0001 6d 1f", _string)), V5, BOTH, 0x81, _case)  # fmt: skip
 for _key, _raw in ODD_TEXT.items():
     _good(f"publish_topic_{_key}", _frame(0x30, _text(_raw), "00"), V5, BOTH, case="P-24", topic=_raw)
     _good(f"connect_client_id_{_key}", _connect(4, "02", _text(_raw)), (4,), CLIENT, case="P-24",

@@ -13,7 +13,7 @@ found.
 from __future__ import annotations
 
 from tests.servers.active_directory import AD_LOCKOUT, Samba, samba
-from tests.servers.apache_kafka import KAFKA_VERSION, Kafka, kafka
+from tests.servers.apache_kafka import KAFKA_VERSION, Kafka, kafka, kafka_cluster
 from tests.servers.authority import Certificates, certificates
 from tests.servers.eclipse_mosquitto import Mosquitto, mosquitto
 from tests.servers.install import main
@@ -52,6 +52,7 @@ __all__ = [
     "folder",
     "free_port",
     "kafka",
+    "kafka_cluster",
     "main",
     "mosquitto",
     "program",

@@ -84,7 +84,9 @@ class Kafka:
         self._process = Process(self._command, self._log)
         self._process.wait_until(lambda: accepts(self.port) and _kafka_answers(self.bootstrap), 60, "Kafka")
 
-    async def create_topic(self, name: str, partitions: int = 1, configs: Mapping[str, str] | None = None) -> None:
+    async def create_topic(
+        self, name: str, partitions: int = 1, configs: Mapping[str, str] | None = None, *, replicas: int = 1
+    ) -> None:
         """Create a topic; an existing one is left alone."""
         from aiokafka.admin import AIOKafkaAdminClient, NewTopic
         from aiokafka.errors import TopicAlreadyExistsError
@@ -93,10 +95,11 @@ class Kafka:
         await admin.start()
         try:
             with contextlib.suppress(TopicAlreadyExistsError):
-                answer = await admin.create_topics([NewTopic(name, partitions, 1, topic_configs=dict(configs or {}))])
-                for topic, code, *rest in answer.topic_errors:
+                topic = NewTopic(name, partitions, replicas, topic_configs=dict(configs or {}))
+                answer = await admin.create_topics([topic])
+                for refused, code, *rest in answer.topic_errors:
                     if code not in (0, 36):
-                        raise RuntimeError(f"Kafka refuses topic {topic}: error {code} {rest}")
+                        raise RuntimeError(f"Kafka refuses topic {refused}: error {code} {rest}")
             deadline = time.monotonic() + 15 * PATIENCE
             while not _led(await admin.describe_topics([name])):  # created is not yet known to be led
                 if time.monotonic() > deadline:
@@ -104,6 +107,18 @@ class Kafka:
                 await asyncio.sleep(0.02)
         finally:
             await admin.close()
+
+    async def leaders(self, topic: str) -> dict[int, int]:
+        """Partition -> number of the node that leads it."""
+        from aiokafka.admin import AIOKafkaAdminClient
+
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
+        await admin.start()
+        try:
+            [described] = await admin.describe_topics([topic])
+        finally:
+            await admin.close()
+        return {place["partition"]: place["leader"] for place in described["partitions"]}
 
     async def delete_topic(self, name: str) -> None:
         from aiokafka.admin import AIOKafkaAdminClient
@@ -136,6 +151,30 @@ class Kafka:
         finally:
             await consumer.stop()
         return records
+
+    async def everything(self, topic: str, seconds: float = 30, *, committed: bool = False) -> list[Any]:
+        """All records up to where the log ends now, however long that takes on a busy machine; in partition order.
+        With `committed` the transactions that are open now are waited for. AssertionError when the time is up."""
+        from aiokafka import AIOKafkaConsumer, TopicPartition
+
+        async def ends() -> dict[TopicPartition, int]:
+            async with AIOKafkaConsumer(topic, bootstrap_servers=self.bootstrap) as consumer:
+                found: dict[TopicPartition, int] = await consumer.end_offsets(consumer.assignment())
+                return found
+
+        limits = await ends()
+        level = "read_committed" if committed else "read_uncommitted"
+        records: dict[TopicPartition, list[Any]] = {place: [] for place in sorted(limits)}
+        async with AIOKafkaConsumer(
+            bootstrap_servers=self.bootstrap, auto_offset_reset="earliest", isolation_level=level
+        ) as consumer:
+            consumer.assign(list(limits))
+            deadline = time.monotonic() + seconds * PATIENCE
+            while any([await consumer.position(place) < end for place, end in limits.items()]):
+                assert time.monotonic() < deadline, f"{topic}: {limits} wanted, {records}"
+                for place, batch in (await consumer.getmany(timeout_ms=100)).items():
+                    records[place] += batch
+        return [record for batch in records.values() for record in batch]
 
 
 def _led(described: Sequence[Mapping[str, Any]]) -> bool:
@@ -216,6 +255,11 @@ def _kafka_properties(
     return "\n".join(lines) + "\n"
 
 
+def _identifier() -> str:
+    """Random, as Kafka writes it; one that begins with a dash would be taken for an option."""
+    return "A" + base64.urlsafe_b64encode(os.urandom(16)).decode()[1:22]
+
+
 def prepare_kafka(home: Path) -> None:
     """Once for each machine: a formatted folder to copy and a class archive that halves the start."""
     home.mkdir(parents=True, exist_ok=True)
@@ -227,7 +271,7 @@ def prepare_kafka(home: Path) -> None:
                 (where / "server.properties").write_text(
                     _kafka_properties(where, free_port(), free_port(), {}, None, None)
                 )
-                cluster = "A" + base64.urlsafe_b64encode(os.urandom(16)).decode()[1:22]
+                cluster = _identifier()
                 users = [
                     f"{mechanism}=[name={SCRAM_USER},password={SCRAM_PASSWORD}]"
                     for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512")
@@ -316,7 +360,53 @@ def kafka(
         try:
             yield server
         finally:
-            assert server._process is not None
-            with contextlib.suppress(ProcessLookupError):
-                server.thaw()
-            server._process.kill()  # its data goes with the folder
+            _end(server)
+
+
+@contextlib.contextmanager
+def kafka_cluster(nodes: int = 3) -> Iterator[list[Kafka]]:
+    """So many nodes, each broker and controller, numbered from 1: any of them can be stopped, killed or frozen. What
+    asks for `replicas` survives that; each is found at the addresses of all."""
+    home = kafka_home()
+    prepare_kafka(home)
+    numbers = range(1, nodes + 1)
+    ports, controllers = ({number: free_port() for number in numbers} for _ in range(2))
+    bootstrap = ",".join(f"127.0.0.1:{port}" for port in ports.values())
+    voters = ",".join(f"{number}@127.0.0.1:{port}" for number, port in controllers.items())
+    java, *rest = _java(home)
+    archive = home / "kafka.jsa"
+    options = [f"-XX:SharedArchiveFile={archive}", "-Xshare:auto"] if archive.stat().st_size else []
+    with folder("kafka-cluster") as where, contextlib.ExitStack() as stack:
+        found = []
+        for number in numbers:
+            place = where / str(number)
+            shutil.copytree(home / "formatted", place / "data")
+            meta = place / "data" / "meta.properties"
+            own = {
+                "node.id": str(number),
+                "directory.id": f"A{base64.urlsafe_b64encode(os.urandom(16)).decode()[1:22]}",
+            }
+            lines = [line.partition("=") for line in meta.read_text().splitlines()]
+            meta.write_text("".join(f"{key}{sep}{own.get(key, value)}\n" for key, sep, value in lines))
+            more = [
+                f"node.id={number}", f"controller.quorum.voters={voters}", f"default.replication.factor={nodes}",
+                *(f"{log}.replication.factor={nodes}" for log in ("offsets.topic", "transaction.state.log")),
+                f"transaction.state.log.min.isr={nodes // 2 + 1}", "replica.lag.time.max.ms=3000",
+            ]  # fmt: skip
+            text = _kafka_properties(place, ports[number], controllers[number], {}, None, None)
+            (place / "server.properties").write_text(text + "\n".join(more) + "\n")
+            command = [java, *options, *rest, "kafka.Kafka", place / "server.properties"]
+            process = Process(command, place / "log")
+            server = Kafka(bootstrap, _command=process.command, _log=place / "log", _process=process)
+            stack.callback(_end, server)
+            found.append(server)
+        for number, server in zip(numbers, found, strict=True):
+            one = f"127.0.0.1:{ports[number]}"
+            server._ours().wait_until(lambda one=one: _kafka_answers(one), 90, f"Kafka {number}")  # type: ignore[misc]
+        yield found
+
+
+def _end(server: Kafka) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        server.thaw()
+    server.kill()  # its data goes with the folder

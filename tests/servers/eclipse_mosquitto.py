@@ -6,18 +6,19 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from tests.servers.authority import Certificates
 from tests.servers.containers import Container, docker_answers
-from tests.servers.processes import Absent, NotOurs, Process, accepts, folder, free_port, program
+from tests.servers.processes import Absent, Server, accepts, folder, free_port, program
 
 
 @dataclass
-class Mosquitto:
-    """A mosquitto broker with its own configuration file."""
+class Mosquitto(Server):
+    """A mosquitto broker with its own configuration file; sessions survive `stop` with `persistence`, `log` tells each
+    packet."""
 
     port: int
     url: str
@@ -25,37 +26,10 @@ class Mosquitto:
     username: str | None = None
     password: str | None = None
     tls_port: int | None = None
-    _command: list[str] = field(default_factory=list)
-    _log: Path | None = None
-    _process: Process | None = None
+    what: ClassVar[str] = "mosquitto"
 
-    @property
-    def pid(self) -> int:
-        return self._ours().pid
-
-    def _ours(self) -> Process:
-        if self._process is None:
-            raise NotOurs("this mosquitto was not started by the tests and cannot be stopped")
-        return self._process
-
-    def log(self) -> str:
-        """Everything it printed so far (it runs with -v)."""
-        self._ours()
-        assert self._log is not None
-        return self._log.read_text(errors="replace")
-
-    def stop(self) -> None:
-        """End it; `start` brings it back on the same port (sessions survive with `persistence`)."""
-        self._ours().stop()
-
-    def kill(self) -> None:
-        self._ours().kill()
-
-    def start(self) -> None:
-        self._ours()
-        assert self._log is not None
-        self._process = Process(self._command, self._log)
-        self._process.wait_until(lambda: accepts(self.port), 10, "mosquitto")
+    def answers(self) -> bool:
+        return accepts(self.port)
 
 
 @contextlib.contextmanager
@@ -67,14 +41,15 @@ def mosquitto(
     connection: str = "",
     extra: str = "",
     tls: Certificates | None = None,
+    tls_extra: str = "",
     persistence: bool = False,
     verbose: bool = True,
 ) -> Iterator[Mosquitto]:
     """A mosquitto on a free port.
 
     `username`/`password` are then required of every client; `connection` holds whole `connection NAME` blocks for its
-    bridges (appended last); `extra` holds global options; `tls` adds a TLS listener; `persistence` keeps sessions
-    over `stop` and `start`.
+    bridges (appended last); `extra` holds global options; `tls` adds a TLS listener, `tls_extra` its options;
+    `persistence` keeps sessions over `stop` and `start`.
     """
     given = os.environ.get("TEST_MOSQUITTO")
     if given and not any((port, username, connection, extra, tls, persistence)):
@@ -113,15 +88,9 @@ def mosquitto(
         if tls is not None:
             server.tls_port = free_port()
             lines += [f"listener {server.tls_port} 127.0.0.1", f"cafile {tls.ca}", f"certfile {tls.server}",
-                      f"keyfile {tls.server_key}"]  # fmt: skip
+                      f"keyfile {tls.server_key}", tls_extra]  # fmt: skip
         lines += [connection] if connection else []
         conf = where / "mosquitto.conf"
         conf.write_text("\n".join(lines) + "\n")
-        server._command = [binary, "-c", str(conf), *(["-v"] if verbose else [])]
-        server._log = where / "log"
-        server._process = Process(server._command, server._log)
-        try:
-            server._process.wait_until(lambda: accepts(port), 10, "mosquitto")
+        with server._running([binary, "-c", str(conf), *(["-v"] if verbose else [])], where / "log"):
             yield server
-        finally:
-            server._process.stop()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from tests.servers.authority import Certificates
 from tests.servers.containers import Container, docker_answers
-from tests.servers.processes import Absent, NotOurs, Process, accepts, folder, free_port, program
+from tests.servers.processes import Absent, Server, accepts, folder, free_port, program
 
 BASE_DN = "dc=example,dc=com"
 ADMIN_DN = f"cn=admin,{BASE_DN}"
@@ -29,7 +28,7 @@ GROUPS: dict[str, list[str]] = {
 
 
 @dataclass
-class Slapd:
+class Slapd(Server):
     """An OpenLDAP directory with the people and groups above; `memberOf` is kept by its overlay."""
 
     url: str
@@ -44,35 +43,10 @@ class Slapd:
     admin_dn: str = ADMIN_DN
     admin_password: str = ADMIN_PASSWORD
     passwords: dict[str, str] = field(default_factory=lambda: dict(PEOPLE))
-    _command: list[str] = field(default_factory=list)
-    _log: Path | None = None
-    _process: Process | None = None
+    what: ClassVar[str] = "slapd"
 
-    @property
-    def pid(self) -> int:
-        return self._ours().pid
-
-    def _ours(self) -> Process:
-        if self._process is None:
-            raise NotOurs("this directory was not started by the tests and cannot be stopped")
-        return self._process
-
-    def stop(self) -> None:
-        """End the server; the data stays and `start` brings it back on the same port."""
-        self._ours().stop()
-
-    def start(self) -> None:
-        self._ours()
-        assert self._log is not None
-        self._process = Process(self._command, self._log)
-        self._process.wait_until(lambda: accepts(self.port), 10, "slapd")
-
-    def freeze(self) -> None:
-        """Accept connections but never answer, until `thaw`."""
-        os.kill(self._ours().pid, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        os.kill(self._ours().pid, signal.SIGCONT)
+    def answers(self) -> bool:
+        return accepts(self.port)
 
     def connect(self) -> Any:
         """A bound ldap3 connection as the administrator, to change the directory under a running broker."""
@@ -175,15 +149,7 @@ def slapd(*, tls: Certificates | None = None, extra: str = "", empty: bool = Fal
         conf.write_text(slapd_conf(where, tls, extra, schema, str(modules.parent)))
         urls = directory.url + (f" ldaps://127.0.0.1:{ports[1]}" if tls else "")
         directory.ldaps_url = f"ldaps://127.0.0.1:{ports[1]}" if tls else None
-        directory._command = [binary, "-f", str(conf), "-h", urls, "-d", "0"]
-        directory._log = where / "log"
-        directory._process = Process(directory._command, directory._log)
-        try:
-            directory._process.wait_until(lambda: accepts(directory.port), 10, "slapd")
+        with directory._running([binary, "-f", str(conf), "-h", urls, "-d", "0"], where / "log"):
             if not empty:
                 fill(directory)
             yield directory
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                directory.thaw()
-            directory._process.stop()

@@ -13,7 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 CACHE = Path(os.environ.get("ISTHMUS_TEST_CACHE", "~/.cache/isthmus-tests")).expanduser()
 """What is fetched or made once is kept here."""
@@ -100,6 +102,72 @@ class Process:
 
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
+
+
+@dataclass(kw_only=True)
+class Server:
+    """A server whose process is ours, or one that was given by address and cannot be touched: `_process` is None."""
+
+    what: ClassVar[str]
+    """What it is called when it does not start."""
+    _command: list[str] = field(default_factory=list)
+    _log: Path = Path()
+    _process: Process | None = None
+
+    def answers(self) -> bool:
+        """Whether it has finished starting."""
+        raise NotImplementedError
+
+    @property
+    def pid(self) -> int:
+        return self._ours().pid
+
+    def log(self) -> str:
+        """Everything it printed so far."""
+        self._ours()
+        return self._log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """End it; the data stays and `start` brings it back on the same port."""
+        self._ours().stop()
+
+    def kill(self) -> None:
+        """End it without a warning."""
+        self._ours().kill()
+
+    def start(self) -> None:
+        """Bring it back."""
+        self._ours()
+        self._launch()
+
+    def freeze(self) -> None:
+        """Accept connections but never answer, until `thaw`."""
+        os.kill(self._ours().pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self._ours().pid, signal.SIGCONT)
+
+    def _ours(self) -> Process:
+        if self._process is None:
+            raise NotOurs(f"this {self.what} was not started by the tests and cannot be stopped or configured")
+        return self._process
+
+    def _launch(self) -> None:
+        self._process = Process(self._command, self._log)
+        self._process.wait_until(self.answers, 10, self.what)
+
+    @contextlib.contextmanager
+    def _running(self, command: Sequence[str], log: Path) -> Iterator[None]:
+        """Started from ``command``, and ended whatever state a test left it in."""
+        self._command, self._log = list(command), log
+        try:
+            self._launch()
+            yield
+        finally:
+            if self._process is not None:
+                if self._process.popen.poll() is None:
+                    self.thaw()
+                self._process.stop()
 
 
 def accepts(port: int, host: str = "127.0.0.1") -> bool:

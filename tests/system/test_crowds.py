@@ -27,7 +27,7 @@ from tests.servers import PATIENCE
 from tests.system import resilience
 from tests.system.resilience import OPEN, SOAK, Canary, command, eventually, rss
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(600 if SOAK else 120), *([pytest.mark.slow] if SOAK else [])]
 
 MEGABYTE = 1 << 20
 PATIENT_CANARY = 2.0 * PATIENCE
@@ -196,10 +196,11 @@ async def test_p56_a_client_id_that_twenty_want_has_one_owner_at_a_time_and_cost
         canary = await Canary.open(resilience.url(running))
         contest = Contest(running.port)
         competing = [asyncio.create_task(contest.compete(random.Random(seed))) for seed in range(20)]
-        singing = asyncio.create_task(canary.sing(60))
+        seconds = 60 if SOAK else 8
+        singing = asyncio.create_task(canary.sing(2 * seconds))
         began = time.monotonic()
         before = probes = 0
-        while (at := time.monotonic() - began) < 8:
+        while (at := time.monotonic() - began) < seconds:
             if at > 2 and not before:
                 before = rss(running.pid)
             probes += 1
@@ -215,7 +216,7 @@ async def test_p56_a_client_id_that_twenty_want_has_one_owner_at_a_time_and_cost
             f"P-56: {contest.attempts / took:.0f} attempts a second, {dict(contest.ends)}, {got} of {probes} probes "
             f"had a receiver, memory +{growth / 1e6:.1f} MB, canary {canary.slowest * 1000:.0f} ms"
         )
-        assert contest.attempts / took > 200 / PATIENCE
+        assert contest.attempts / took > (1_000 if SOAK else 200) / PATIENCE
         assert set(contest.ends) <= {"dismissed 0x8e", "refused 0x9f", "left by itself"}
         assert 0 < contest.ends["dismissed 0x8e"] <= 10 * (took + 1), "takeover_rate is 10 a second"
         assert contest.ends["refused 0x9f"] > 100
@@ -276,7 +277,7 @@ async def test_p41_one_identifier_a_hundred_thousand_times_is_one_message(tmp_pa
         await eventually(lambda: b"last" in collector.payloads, "what was sent behind it")
         print(f"P-41: {count} times one identifier, memory {growth / 1e6:+.1f} MB")
         assert collector.payloads == [b"000000", b"last"]
-        assert growth <= 8 * MEGABYTE
+        assert growth <= 5 * MEGABYTE
         subscriber.abort()
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from broker.client.connection import Connection, Handler
 from broker.mqtt import packets
@@ -17,9 +20,10 @@ from tests import servers
 from tests.broker import Broker, broker
 from tests.clients import Device
 from tests.fragments import ldap
+from tests.integration.http_service import service
 from tests.servers import PATIENCE
 from tests.system import resilience
-from tests.system.resilience import Canary, ask
+from tests.system.resilience import Canary, ask, canary_apart
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -234,3 +238,107 @@ async def test_a15_a_directory_restarted_under_load_costs_no_more_than_its_absen
         assert took <= 11 * PATIENCE
         # down is "server unavailable", never "wrong password"
         assert {code for _, code in codes} == {0, 0x88}
+
+
+# --- who does not wait to be let in ----------------------------------------------------------------------------------
+
+
+async def raw(port: int, data: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that says all of this at once."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    return reader, writer
+
+
+def hasty(version: int, client_id: str) -> bytes:
+    """CONNECT, and behind it in the same segment what only an accepted client may send."""
+    connect = packets.Connect(
+        version=version, clean_start=True, keep_alive=60, client_id=client_id, username="mallory", password=b"x"
+    )
+    return packets.encode_connect(connect) + packets.encode_publish(b"t", b"smuggled", 1, False, False, 1, version)
+
+
+class Heard(Handler):
+    """Every payload that came."""
+
+    def __init__(self) -> None:
+        self.payloads: list[bytes] = []
+
+    def on_publish(self, conn: Connection, publish: packets.Publish) -> None:
+        self.payloads.append(publish.payload)
+
+
+@contextlib.asynccontextmanager
+async def judged(where: Path, seconds: float) -> AsyncIterator[tuple[Broker, Heard, Connection]]:
+    """A broker that asks a service which takes so long and denies, a listener, and its connection."""
+
+    async def deny(request: web.Request, body: bytes) -> web.StreamResponse:
+        await asyncio.sleep(seconds)
+        return web.json_response({"result": "deny"})
+
+    async with service(deny) as http:
+        text = f"[access]\nallow_anonymous = true\nno_match = 'allow'\n[auth.http]\nurl = '{http.url}/'\n"
+        with broker(where, {"00.toml": BASE + text}) as running:
+            heard = Heard()
+            conn = await Connection.connect(resilience.url(running), client_id="watcher", handler=heard)
+            assert await conn.subscribe([("t/#", 0)]) == [0]
+            yield running, heard, conn
+            assert "Traceback" not in running.log()
+            assert http.seen, "nobody was asked"
+            conn.abort()
+
+
+@pytest.mark.parametrize("version", [4, 5])
+async def test_p15_nothing_that_comes_with_a_connect_is_served_when_it_is_denied(tmp_path: Path, version: int) -> None:
+    async with judged(tmp_path, 2.0) as (running, heard, conn):
+        began = time.monotonic()
+        reader, writer = await raw(running.port, hasty(version, "mallory"))
+        async with asyncio.timeout(10 * PATIENCE):
+            answer = await reader.read()
+        assert time.monotonic() - began >= 1.9, "the service was not waited for"
+        if version == 5:
+            assert (answer[:3], answer[3] in (0x86, 0x87), len(answer)) == (b"\x20\x03\x00", True, 5)
+        else:
+            assert answer in (b"\x20\x02\x00\x04", b"\x20\x02\x00\x05")
+        conn.publish("t", b"mine", 0)
+        await resilience.eventually(lambda: b"mine" in heard.payloads, "what was published afterwards")
+        assert heard.payloads == [b"mine"]
+        writer.close()
+
+
+async def test_p16_who_floods_while_its_login_hangs_is_not_read_and_closed_at_the_deadline(tmp_path: Path) -> None:
+    """Twenty of them, ten megabytes each."""
+    async with judged(tmp_path, 60.0) as (running, heard, _):
+        loop = asyncio.get_running_loop()
+        singing = asyncio.create_task(asyncio.to_thread(canary_apart, resilience.url(running), 5.0))
+        await asyncio.sleep(0.5)
+        before = resilience.rss(running.pid)
+        began = time.monotonic()
+        flood = packets.encode_publish(b"t", bytes(1_000), 0, False, False, 0, 5) * 10_000
+
+        async def one(number: int) -> float:
+            with socket.socket() as sock:
+                sock.setblocking(False)
+                await loop.sock_connect(sock, ("127.0.0.1", running.port))
+                await loop.sock_sendall(sock, hasty(5, f"m{number}"))
+                flooding = asyncio.create_task(loop.sock_sendall(sock, flood))
+                async with asyncio.timeout(30 * PATIENCE):
+                    with contextlib.suppress(ConnectionError):
+                        while await loop.sock_recv(sock, 4096):
+                            pass
+                assert not flooding.done() or flooding.exception(), "all of it was read"
+                flooding.cancel()
+                await asyncio.wait([flooding])
+                return time.monotonic() - began
+
+        times = await asyncio.gather(*(one(number) for number in range(20)))
+        peak = resilience.rss(running.pid, "VmHWM") - before
+        canary = await singing
+        print(
+            f"P-16: memory +{peak / 1e6:.1f} MB for twenty, closed after {min(times):.1f} to {max(times):.1f} s, "
+            f"canary {canary.slowest * 1000:.0f} ms"
+        )
+        assert peak <= 20 * (65_536 + 262_144) + (2 << 20), "64 KiB, and what a loop reads at once"
+        assert max(times) <= 10.0 * PATIENCE, "the deadline of CONNECT, or the service's if it is shorter"
+        assert canary.slowest <= resilience.SLOWEST
+        assert heard.payloads == []

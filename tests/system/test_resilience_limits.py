@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import resource
 import select
 import socket
 import time
@@ -24,7 +25,7 @@ from tests.servers import PATIENCE
 from tests.system import resilience
 from tests.system.resilience import OPEN, SLOWEST, SOAK, Canary, Stream, ask, command, cpu, eventually, rss, until
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(300 if SOAK else 120), *([pytest.mark.slow] if SOAK else [])]
 
 DEADLINE = 10 if SOAK else 3
 """Seconds a connection has for its CONNECT; the default is ten."""
@@ -74,14 +75,15 @@ def answered(one: socket.socket, seconds: float) -> bytes | None:
         return b""
 
 
-def closed_at(sockets: list[socket.socket], seconds: float) -> list[float]:
-    """When each was closed, in seconds from now; those still open by then are left out."""
+def closed_at(sockets: list[socket.socket], seconds: float) -> dict[int, float]:
+    """When each was closed, by its place in the list; those still open after so many seconds are left out."""
     began = time.monotonic()
     poll = select.poll()
+    places = {one.fileno(): place for place, one in enumerate(sockets)}
     by_number = {one.fileno(): one for one in sockets}
     for number in by_number:
         poll.register(number, select.POLLIN | select.POLLHUP | select.POLLERR)
-    times: list[float] = []
+    times: dict[int, float] = {}
     while by_number and (left := began + seconds - time.monotonic()) > 0:
         for number, _ in poll.poll(left * 1000):
             one = by_number[number]
@@ -90,7 +92,7 @@ def closed_at(sockets: list[socket.socket], seconds: float) -> list[float]:
             except OSError:
                 more = b""
             if not more:
-                times.append(time.monotonic() - began)
+                times[places[number]] = time.monotonic()
                 poll.unregister(number)
                 del by_number[number]
     return times
@@ -183,26 +185,26 @@ async def test_p07_five_hundred_unfinished_logins_are_closed_in_time_and_cost_li
     with broker(tmp_path, {"00-broker.toml": HASTY}) as running, crowd() as sockets:
         canary = await Canary.open(resilience.url(running))
         before = rss(running.pid)
-        began = time.monotonic()
 
         def attack() -> list[float]:
-            piece = b"\x10\xe8\xfb\x03" + b"\x00\x04MQTT\x05\x02\x00\x00" + bytes(64_988)
+            piece = b"\x10\xe8\xfb\x03" + (b"\x00\x04MQTT\x05\x02\x00\x00" + bytes(65_000))[:64_999]
+            opened: list[float] = []
             for _ in range(500):
                 one = dial(running.port)
                 sockets.append(one)
-                one.sendall(piece[:65_002])
-            opened = time.monotonic() - began
-            return [opened + at for at in closed_at(sockets, (DEADLINE + 5) * PATIENCE)]
+                opened.append(time.monotonic())
+                one.sendall(piece)
+            return [at - opened[place] for place, at in closed_at(sockets, (DEADLINE + 5) * PATIENCE).items()]
 
         times, _ = await asyncio.gather(asyncio.to_thread(attack), canary.sing(DEADLINE + 1.5))
         peak = rss(running.pid, "VmHWM") - before
         print(
-            f"P-07: closed {min(times):.1f} to {max(times):.1f} s, memory +{peak / 1e6:.0f} MB, "
+            f"P-07: closed {min(times):.1f} to {max(times):.1f} s after their accept, memory +{peak / 1e6:.0f} MB, "
             f"canary {canary.slowest * 1000:.0f} ms"
         )
         assert len(times) == 500
         assert min(times) >= DEADLINE - 0.5
-        assert max(times) <= DEADLINE + 1 + 1 * PATIENCE  # the last was opened up to a second after the first
+        assert max(times) <= DEADLINE + 1 * PATIENCE
         assert peak <= 500 * 65_536 + (8 << 20)
         assert canary.slowest <= SLOWEST
         canary.conn.abort()
@@ -257,11 +259,13 @@ async def test_p08_dripping_bytes_do_not_move_the_deadline_and_others_still_conn
         canary.conn.abort()
 
 
-@pytest.mark.parametrize("qos", [0, 1])
+@pytest.mark.parametrize(("qos", "size", "rate"), [(0, 4_096, 1_000), (1, 4_096, 1_000), (0, 48, 20_000)])
 async def test_r04_a_subscriber_that_reads_a_kilobyte_a_second_is_bounded_counted_and_cut(
-    qos: int, tmp_path: Path
+    qos: int, size: int, rate: int, tmp_path: Path
 ) -> None:
-    limits = '[limits]\nstall_timeout = "4s"\nmax_packet_size = "64KB"\n'
+    """The last with hundreds of small writes a flush."""
+    stall = 60 if SOAK else 4
+    limits = f'[limits]\nstall_timeout = "{stall}s"\nmax_packet_size = "64KB"\n'
     with broker(tmp_path, {"00-broker.toml": OPEN + limits}) as running, crowd() as sockets:
         slow = dial(running.port, 4096)
         sockets.append(slow)
@@ -270,7 +274,7 @@ async def test_r04_a_subscriber_that_reads_a_kilobyte_a_second_is_bounded_counte
         slow.sendall(packets.encode_subscribe(1, 5, [(b"data/#", qos)]))
         assert answered(slow, 5)
         ledger = Ledger()
-        stream = await Stream([ledger], "fast", "data/x", 1_000, qos=qos, size=4_096).open(resilience.url(running))
+        stream = await Stream([ledger], "fast", "data/x", rate, qos=qos, size=size).open(resilience.url(running))
         canary = await Canary.open(resilience.url(running))
         before = rss(running.pid)
         began = time.monotonic()
@@ -278,7 +282,7 @@ async def test_r04_a_subscriber_that_reads_a_kilobyte_a_second_is_bounded_counte
 
         async def sip() -> None:
             slow.settimeout(0)
-            while time.monotonic() - began < 14 * PATIENCE:
+            while time.monotonic() - began < (stall + 10) * PATIENCE:
                 try:
                     if slow.recv(100) == b"":
                         break
@@ -292,8 +296,8 @@ async def test_r04_a_subscriber_that_reads_a_kilobyte_a_second_is_bounded_counte
                 await asyncio.sleep(0.1)
             cut.append(time.monotonic() - began)
 
-        load = asyncio.create_task(stream.run(60))
-        singing = asyncio.create_task(canary.sing(60))
+        load = asyncio.create_task(stream.run(120))
+        singing = asyncio.create_task(canary.sing(120))
         await sip()
         peak = rss(running.pid, "VmHWM") - before
         load.cancel()
@@ -302,10 +306,11 @@ async def test_r04_a_subscriber_that_reads_a_kilobyte_a_second_is_bounded_counte
         status = await command(running, "status")
         dropped = status["messages"]["dropped"]
         print(
-            f"R-04 QoS {qos}: cut after {cut[0]:.1f} s, memory +{peak / 1e6:.1f} MB, dropped {dropped}, "
+            f"R-04 QoS {qos}, {size} bytes: cut after {cut[0]:.1f} s, memory +{peak / 1e6:.1f} MB, dropped {dropped}, "
             f"{stream.sent} sent, canary {canary.slowest * 1000:.0f} ms"
         )
         assert status["events"]["stalled"] == 1
+        assert cut[0] >= stall - 0.5
         assert peak <= 24 << 20
         assert sum(dropped.values()) > 100
         assert "slow_receiver" in dropped if qos == 0 else any("queue" in reason for reason in dropped)
@@ -352,7 +357,9 @@ def test_r05_a_client_that_never_reads_is_gone_five_seconds_after_the_broker_clo
 
 @pytest.mark.slow
 def test_r11_one_payload_for_thousands_of_subscribers_is_one_copy(tmp_path: Path) -> None:
-    count = 9_500 if SOAK else 3_000
+    count = 10_000 if SOAK else 3_000
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < count + 200:
+        pytest.skip(f"{count} connections need more descriptors than this account may have")
     limits = "[listeners.tcp]\nmax_connections = 20000\n"
     with broker(tmp_path, {"00-broker.toml": OPEN, "01.toml": limits}) as running, crowd() as sockets:
         for number in range(count):

@@ -66,8 +66,8 @@ async def test_two_brokers_on_one_loop_both_work_and_exchange_nothing(tmp_path: 
             ledgers[broker].check()  # a message of the other would be a stranger
             assert broker.engine.core.received == 101
             assert broker.engine.retained_store.count == 1
-            await eventually(lambda broker=broker: broker.engine.lanes("store")[0].acked == 100, "every row")
-            assert broker.engine.lanes("store")[0].queued == 0
+            await eventually(lambda broker=broker: broker.engine.instances.lanes("store")[0].acked == 100, "every row")
+            assert broker.engine.instances.lanes("store")[0].queued == 0
         # one reloads and stops, the other does not notice
         (tmp_path / "one" / "conf.d" / "01.toml").write_text("[limits]\nmax_inflight = 5\n")
         assert (await one.reload()).changed == ["limits"]

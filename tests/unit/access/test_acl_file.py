@@ -102,6 +102,7 @@ def test_windows_line_ends_and_a_byte_order_mark(decide: Callable[..., bool | No
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# nothing\n", "%% nothing\n% here\n", "   \r\n"])
 def test_z02_a_file_without_rules_denies_everything(decide: Callable[..., bool | None], text: str) -> None:
+    """Z-02: comments are no rules."""
     for action in (PUBLISH, SUBSCRIBE):
         for topic in ("a", "$SYS/x", "#"):
             assert decide(text, action, topic) is False

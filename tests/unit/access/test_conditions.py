@@ -17,6 +17,7 @@ from broker.access.principal import Principal
 from broker.access.rules import EVERY, PUBLISH, SUBSCRIBE, SUBSCRIPTIONS, RuleSet, allowed
 from broker.config.template import Template
 from broker.extend.auth import Client, Grant, Rule, Verdict
+from tests.servers import PATIENCE
 from tests.unit.access.doubles import Fake, instance, settings
 
 QOS0, QOS0_RETAINED, QOS1, QOS1_RETAINED, QOS2, QOS2_RETAINED = (1 << bit for bit in range(6))
@@ -179,6 +180,61 @@ async def test_z31_rights_that_cannot_be_read_deny_in_time_and_stop_nobody_else(
     assert (await log(None, None, "t", username="other")).code == 0x88
 
 
+async def test_z31_a_condition_that_raises_denies_and_the_session_goes_on(
+    login: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Z-31: on every path; whom the condition does not concern feels nothing, and neither do rules without it."""
+
+    def broken(who: Any) -> bool:
+        raise ZeroDivisionError("injected")
+
+    rules = (
+        Rule(True, "all", Template("fine/#")),
+        Rule(True, "all", Template("odd/#"), when=broken),
+        Rule(True, "all", Template("behind/#")),
+    )
+    log = await login(instance("one", Fake(Grant(rules=rules))), no_match="allow")
+    may, user = log.gate, (await log("u", b"secret-pw")).principal
+    for topic, answer in (("fine/x", 1), ("behind/x", 1), ("odd/x", 0)):
+        assert (may.may_publish(user, topic), may.may_subscribe(user, topic), may.may_receive(user, topic)) == (
+            (answer,) * 3
+        ), topic
+        assert bool(may.publishable(user, topic)) is bool(answer)
+        assert may.will_terms(user, topic, 1, False)["common"] is True, "nobody else has a rule about it"
+    assert may.counters["undecided"] == 4
+    assert "ZeroDivisionError" in caplog.text
+    assert "secret-pw" not in caplog.text
+
+
+@pytest.mark.parametrize("way", ["raises", pytest.param("hangs", marks=pytest.mark.slow)])
+async def test_z31_with_the_deadline_as_it_is_shipped(login: Any, way: str) -> None:
+    """Z-31: denied within 3 s, and others are served meanwhile."""
+
+    class Backend(Fake):
+        async def rules(self, client: Client) -> Grant:
+            if client.username != "slow":
+                return Grant(rules=(rule("allow publish a"),))
+            if way == "raises":
+                raise RuntimeError("injected")
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    people = Fake(Grant(rules=(rule("allow publish b"),)))
+    log = await login(instance("one", Backend(Verdict.IGNORE)), instance("people", people))
+    there = (await log(None, None, "t", username="other")).principal
+    began = time.monotonic()
+    slow = [log.start(None, None, f"s{n}", username="slow") for n in range(20)]
+    while not all(channel.answered.is_set() for channel in slow):
+        before = time.monotonic()
+        assert (log.gate.may_publish(there, "a"), log.gate.may_publish(there, "b")) == (1, 0)
+        assert (await log("u", b"p", "u", auth=("people",))).code == 0, "whom it does not concern"
+        assert time.monotonic() - before < 0.1 * PATIENCE
+        await asyncio.sleep(0.05)
+        assert time.monotonic() - began < 3.0 + 0.3 * PATIENCE
+    assert {channel.code for channel in slow} == {0x88}
+    assert log.gate.may_publish(there, "a") == 1
+
+
 # --- where they are written ------------------------------------------------------------------------------------------
 
 
@@ -250,6 +306,7 @@ def test_a_rule_in_the_configuration_that_is_not_understood_is_an_error(record: 
 
 @pytest.mark.parametrize("value", ["false", "0", " ", "", 0, None, [], {}, "yes", 2, 1.0, b"false", "t"])
 def test_z22_only_one_and_true_make_a_superuser(value: object) -> None:
+    """Z-22: no other text, number or list is true."""
     assert truth(value) is False
 
 

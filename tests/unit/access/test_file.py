@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,14 @@ from pydantic import ValidationError
 
 from auth.file import FileConfig, open_file
 from broker.access.gate import AccessError, AccessGate
-from broker.access.passwords import hash_password
+from broker.access.passwords import MEMORY_KIB, hash_password
 from broker.config.settings import Settings, load_settings
 from broker.extend.auth import Client, Grant, Verdict
 from tests.servers import PATIENCE
 from tests.unit.access.doubles import Fake, Login, instance
 
 HASH = hash_password("secret", "pbkdf2")
+SOAK = os.environ.get("ISTHMUS_SOAK") == "1"
 
 
 def write(folder: Path, **files: str) -> Settings:
@@ -56,27 +60,46 @@ async def test_passwords_and_rules_from_files_and_again_after_a_reload(tmp_path:
     await gate.close()
 
 
-async def test_a48_a_crowd_of_logins_costs_what_the_processors_have_and_breaks_nothing(tmp_path: Path) -> None:
-    """A thousand a second, wrong ones among them: each is judged or told "busy", and the loop goes on."""
+async def test_a48_a_thousand_wrong_logins_a_second_take_threads_and_memory_of_a_few(tmp_path: Path) -> None:
+    """A-48: each is judged or told "busy", the loop is never late by more than 50 ms, memory stays within what the
+    threads may hash with at a time; right ones among them get in or are told "busy" too, and nobody takes the table
+    for broken. What counts in the short form is the time the loop's own thread was busy, because others may take this
+    machine's processors; the long form looks at the clock."""
     stored = hash_password("secret")
-    settings = write(tmp_path, passwords="".join(f"u{n}:{stored}\n" for n in range(1_000)), acl="topic a\n")
+    settings = write(tmp_path, passwords="".join(f"u{n}:{stored}\n" for n in range(4_000)), acl="topic a\n")
     gate = AccessGate(settings)
     await gate.open()
-    log, loop = Login(gate), asyncio.get_running_loop()
-    started = [log.start(f"u{n}", b"secret" if n % 2 else b"wrong", f"c{n}") for n in range(1_000)]
-    worst, last = 0.0, loop.time()
+    log = Login(gate)
+    assert (await log("u0", b"secret", "first")).code == 0, "every thread's share of the libraries is there"
+    before, most = _resident(), 0
+    started: list[Any] = []
+    clock: Callable[[], float] = time.monotonic if SOAK else time.thread_time
+    pause = 0.005 if SOAK else 0.0
+    late, began = 0.0, time.monotonic()
+    while len(started) < 4_000:
+        for n in range(len(started), min(4_000, int((time.monotonic() - began) * 1_000) + 1)):
+            started.append(log.start(f"u{n}", b"secret" if n % 20 == 0 else b"wrong", f"c{n}"))
+        last = clock()
+        await asyncio.sleep(0.005)
+        late, most = max(late, clock() - last - pause), max(most, _resident())
+    assert time.monotonic() - began < 5 * PATIENCE, "a thousand a second came"
     async with asyncio.timeout(30):
-        while not all(channel.answered.is_set() for channel in started):
-            await asyncio.sleep(0.001)
-            worst, last = max(worst, loop.time() - last), loop.time()
+        await asyncio.gather(*(channel.answered.wait() for channel in started))
     codes = [channel.code for channel in started]
-    assert set(codes[::2]) == {0x86, 0x89}
-    assert set(codes[1::2]) == {0, 0x89}
-    assert worst < 0.25 * PATIENCE, "the loop ran on"
+    print(f"loop late by {late * 1000:.0f} ms at most, {(most - before) >> 20} MiB more memory")
+    assert late <= 0.05
+    assert most - before <= min(4, os.cpu_count() or 1) * MEMORY_KIB * 1024 + (16 << 20)
+    assert set(codes[::20]) <= {0, 0x89}
+    assert {code for n, code in enumerate(codes) if n % 20} == {0x86, 0x89}
     status = gate.status()["accounts"]
-    assert (status["state"], status["errors"]) == ("ok", 0), "nobody takes it for broken"
+    assert (status["state"], status["errors"]) == ("ok", 0)
     assert (await log("u1", b"secret", "later")).code == 0
     await gate.close()
+
+
+def _resident() -> int:
+    """Bytes of memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def test_c08_a_broken_file_is_named_and_changes_nothing(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ async def test_rights_by_network(gate: Any) -> None:
 
 
 async def test_z28_to_come_from_this_machine_gives_no_rights(gate: Any) -> None:
+    """Z-28: nor does it need no password."""
     it = await gate("[access]\nallow_anonymous = true\n" + STATIC)
     log = Login(it)
     for peer in ("127.0.0.1", "::1", "unix"):
@@ -334,6 +335,8 @@ def test_parts_of_one_relative_name_have_no_order() -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 async def test_z26_each_listener_keeps_its_own_rules(login: Any, turned: bool) -> None:
+    """Z-26: in whichever order they are written."""
+
     class With(Fake):
         def __init__(self, topic: str) -> None:
             super().__init__(Verdict.ALLOW)
@@ -348,6 +351,7 @@ async def test_z26_each_listener_keeps_its_own_rules(login: Any, turned: bool) -
 
 
 def test_z30_case_and_slashes_make_other_topics() -> None:
+    """Z-30: four of them."""
     topics = ["a", "a/", "/a", "A"]
     for right in topics:
         for topic in topics:

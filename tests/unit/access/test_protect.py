@@ -260,8 +260,8 @@ def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyP
         host = f"10.0.{number >> 8}.{number & 255}"
         for _ in range(1 + number % 2):
             made.failed(f"u{number}", host)
-            principal = SimpleNamespace(clientid=f"c{number}", username="u", privileged=False)
-            made.denied(principal, "")
+            principal = SimpleNamespace(clientid=f"c{number}", username=f"u{number}", privileged=False)
+            made.denied(principal, f"{host}:1")
             leave(made, SimpleNamespace(principal=principal, peer="", peerhost=host))
         made.before(f"c{number}", f"x{number}", host)
         made.after(f"c{number}", f"x{number}", host)
@@ -272,7 +272,7 @@ def test_what_is_remembered_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyP
         for table in vars(part).values()
         if isinstance(table, dict)
     ]
-    assert len(sizes) == 11
+    assert len(sizes) == 13
     assert min(sizes) >= 99
     assert max(sizes) == 100
 
@@ -411,3 +411,19 @@ def test_z24_denials_are_counted_by_client_and_second(clock: Clock, action: str,
     assert [made.denied(one, "") for _ in range(4)] == [0, 0, 0, verdict]
     made.configure(AccessConfig(deny_rate=0))
     assert {made.denied(one, "") for _ in range(5_000)} == {0}
+
+
+def test_z24_many_client_ids_are_no_way_around_the_limit(clock: Clock) -> None:
+    """Z-24: one user, and one address, may cause ten clients' worth of denials; others go on as before."""
+    made = protection(clock, deny_rate=3, exempt=("10.0.9.0/24",))
+
+    def denied(number: int, user: str | None, host: str) -> int | None:
+        return made.denied(SimpleNamespace(clientid=f"c{number}", username=user), f"{host}:1")
+
+    for user, hosts in (("u", [f"10.0.1.{n}" for n in range(31)]), (None, [A] * 31)):
+        assert [denied(n, user, host) for n, host in enumerate(hosts)] == [0] * 30 + [None]
+    assert denied(40, "v", B) == 0
+    assert denied(41, "v", A) is None
+    assert {denied(n, None, "10.0.9.1") for n in range(100)} == {0}, "it stands for many"
+    clock.now += 1.0
+    assert denied(42, "u", A) == 0

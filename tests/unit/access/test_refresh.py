@@ -98,8 +98,9 @@ async def test_a_client_that_left_leaves_no_timer(login: Any) -> None:
     timers = log.gate._refresher._timers
     handles: list[asyncio.TimerHandle] = []
     for n in range(50):
-        await log(f"u{n}")
+        left = await log(f"u{n}")
         handles += list(timers.values())[1:]
+        del left
     gc.collect()
     await asyncio.sleep(0.01)
     assert len(handles) >= 50

@@ -28,6 +28,7 @@ def decide(
 
 
 def test_z01_nothing_matches() -> None:
+    """Z-01: and then it is denied."""
     assert decide([rule("allow publish a/b")], PUBLISH, "a/c") is None
     assert decide([], SUBSCRIBE, "a") is None
 
@@ -57,6 +58,7 @@ def test_filters_match_as_mqtt_says(filter: str, topic: str, matches: bool) -> N
     ("wanted", "granted"), [("a/#", False), ("#", False), ("+/b", False), ("+/+", False), ("a/b", True), ("a/+", True)]
 )
 def test_z08_a_subscription_needs_a_rule_that_contains_it(wanted: str, granted: bool) -> None:
+    """Z-08: containing is more than matching."""
     assert (decide([rule("allow subscribe a/+")], SUBSCRIBE, wanted) is True) is granted
 
 
@@ -75,6 +77,7 @@ def test_containment(rule_filter: str, wanted: str, contained: bool) -> None:
 
 @pytest.mark.parametrize("identity", ["+", "#", "a/+", "a/#", "/", "", "a\0b", "a/b"])
 def test_z03_an_identity_with_wildcards_makes_the_rule_not_apply(identity: str) -> None:
+    """Z-03: on every path, and it is told."""
     told: list[tuple[str, str]] = []
 
     def audit(principal: Principal, name: str, value: str) -> None:
@@ -105,6 +108,7 @@ def test_a_value_cannot_reach_system_topics() -> None:
 
 @pytest.mark.parametrize("identity", [".*", "a|b", "(", "(a*)*$", "\\", "[", "a.c"])
 def test_z04_values_are_literals_and_matching_takes_linear_time(identity: str) -> None:
+    """Z-04: nothing in them is a pattern."""
     rules = [rule("allow publish dev/${clientid}/x")]
     assert decide(rules, PUBLISH, f"dev/{identity}/x", clientid=identity) is True
     for other in ("abc", "a", "b", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!"):
@@ -123,6 +127,7 @@ def test_z04_many_levels_and_wildcards_stay_cheap() -> None:
 
 
 def test_z05_a_rule_with_user_name_does_not_apply_to_anonymous_clients() -> None:
+    """Z-05: and nothing is raised."""
     rules = [rule("allow publish a/${username}"), rule("allow publish b", user="u1")]
     for topic in ("a/", "a/None", "a/u1", "b"):
         assert decide(rules, PUBLISH, topic, username=None) is None
@@ -130,6 +135,7 @@ def test_z05_a_rule_with_user_name_does_not_apply_to_anonymous_clients() -> None
 
 @pytest.mark.parametrize("name", ["${clientid}", "%c", "%u"])
 def test_z06_values_are_not_expanded_again(name: str) -> None:
+    """Z-06: a name that looks like a placeholder is a name."""
     rules = [rule("allow publish a/${username}")]
     assert decide(rules, PUBLISH, "a/c1", username=name) is None
     assert decide(rules, PUBLISH, f"a/{name}", username=name) is True
@@ -180,6 +186,7 @@ def test_an_empty_filter_is_refused() -> None:
 
 
 def test_z10_a_shared_subscription_is_decided_by_its_filter() -> None:
+    """Z-10: whatever the group."""
     assert without_share("$share/g/a/#") == "a/#"
     assert without_share("$sharex/g/a") == "$sharex/g/a"
     gate = AccessGate()
@@ -191,6 +198,7 @@ def test_z10_a_shared_subscription_is_decided_by_its_filter() -> None:
 
 
 def test_z09_a_denied_topic_inside_a_granted_filter_is_never_received() -> None:
+    """Z-09: although the filter was granted."""
     gate = AccessGate()
     principal = Principal("c", "u")
     principal.generation = gate.generation

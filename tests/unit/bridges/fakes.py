@@ -58,6 +58,7 @@ class Bench:
         window: int = 1000,
         outward: bool = True,
         retain: bool = True,
+        origin: str = "",
     ) -> None:
         self.source: Any = FakeConnection()
         self.target: Any = FakeConnection(version, properties)
@@ -70,6 +71,7 @@ class Bench:
             outward=outward,
             counts=self.counts,
             retain=retain,
+            origin=origin,
             refused=lambda why, detail: self.refusals.append((why, detail)),
         )
 

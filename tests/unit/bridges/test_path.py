@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bridges._mqtt_path import LONGEST, Loops, carry
+from bridges._mqtt_path import LONGEST, Loops, carry, is_marked
 from broker.mqtt.codes import PacketType
 from broker.mqtt.errors import ProtocolError
 from broker.mqtt.packets import Publish, decode_publish, encode_publish
@@ -94,3 +94,21 @@ def test_encoding_is_what_the_codec_writes() -> None:
     assert encode_properties(Properties(user_properties=[("x-bridge-path", "a")]))[1:] == carry(
         Publish(b"a", b""), "a", outward=True
     )
+
+
+def test_what_comes_in_is_marked_where_the_broker_does_not_know_it_again() -> None:
+    forged = user_property("x-bridge-origin", "n/other") + user_property("k", "v")
+    block = carry(message(forged), "n", outward=False, origin="n/hq")
+    assert read(block).user_properties == [("k", "v"), ("x-bridge-origin", "n/hq")]
+    assert carry(Publish(b"a", b""), "n", outward=False, origin="n/hq") == user_property("x-bridge-origin", "n/hq")
+    assert is_marked(message(block), "n/hq")
+    assert not is_marked(message(block), "n/other")
+    assert not is_marked(Publish(b"a", b""), "n/hq")
+
+
+def test_a_mark_never_leaves() -> None:
+    came = user_property("x-bridge-origin", "n/other") + user_property("k", "v")
+    assert read(carry(message(came), "n", outward=True, origin="n/hq")).user_properties == [
+        ("k", "v"),
+        ("x-bridge-path", "n"),
+    ]

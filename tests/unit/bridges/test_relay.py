@@ -187,3 +187,18 @@ async def test_an_answer_to_nothing_is_left_alone() -> None:
         bench.relay.on_answer(packet_type, 5, 0)
     assert bench.source.taken() == []
     assert bench.target.taken() == []
+
+
+@pytest.mark.parametrize("version", [3, 4, 5])
+async def test_b06_what_the_bridge_brought_to_a_foreign_broker_is_not_sent_back(version: int) -> None:
+    bench = Bench(version=version, origin="node-a/hq")
+    mark = Properties(user_properties=[("x-bridge-origin", "node-a/hq")], forward=b"")
+    for qos in (0, 1, 2):
+        bench.publish(qos, qos=qos, properties=mark)
+    bench.relay.on_release(bench.source, 2)
+    assert bench.target.taken() == []
+    assert bench.source.taken() == [(PUBACK, 1), (PUBREC, 2), (PUBCOMP, 2)]
+    assert bench.counts == {"returned": 3}
+    assert bench.refusals == [], "this is no loss"
+    bench.publish(3, properties=Properties(user_properties=[("x-bridge-origin", "node-a/other")], forward=b""))
+    assert len(bench.crossed()) == 1, "what another bridge brought crosses"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,23 @@ def test_c15_check_says_what_start_would_say_about_files_of_users_and_rules(
     assert result.stderr.startswith(f"conf.d/10.toml:1: auth.accounts: {tmp_path}/rules:2: ")
 
 
+def test_check_worker_judges_as_beside_a_foreign_broker(invoke: Invoke, conf: Path) -> None:
+    sink = '[sinks.s]\nkind = "sqlite"\npath = "x.db"\nfilters = ["a"]\nack = "delivered"\n'
+    (conf / "30.toml").write_text(sink)
+    told = invoke("check", "--worker")
+    assert (told.exit_code, told.stdout) == (0, "ok: listeners tcp; auth -; sinks s; bridges -\n")
+    assert told.stderr.startswith("warning: conf.d/30.toml:5: sinks.s.ack: has no effect here")
+    assert invoke("check", "--worker", "--strict").exit_code == 2
+    (conf / "30.toml").write_text(sink + 'columns = { who = "${username}" }\n')
+    refused = invoke("check", "--worker")
+    assert refused.exit_code == 2
+    assert (
+        "conf.d/30.toml:6: sinks.s.columns.who: ${username} in '${username}': only Isthmus itself knows it"
+        in refused.stderr
+    )
+    assert invoke("check").exit_code == 0, "beside Isthmus itself it runs"
+
+
 def test_connect_opens_each_backend_and_prints_one_line_for_each(invoke: Invoke, conf: Path, tmp_path: Path) -> None:
     (tmp_path / "users").write_text("")
     (conf / "10.toml").write_text(
@@ -174,7 +192,7 @@ def test_config_show_of_a_key_shows_it_and_what_is_below(invoke: Invoke) -> None
 def test_config_show_never_shows_a_secret(invoke: Invoke, conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PW", "hunter2")
     (conf / "40.toml").write_text(
-        '[bridges.hq]\nkind = "mqtt"\nservers = ["mqtt://h:1"]\nusername = "u"\npassword = "${env:PW}"\n'
+        '[bridges.hq]\nkind = "mqtt"\nservers = ["mqtts://h:1"]\nusername = "u"\npassword = "${env:PW}"\n'
         '[[bridges.hq.topics]]\nfilter = "a/#"\ndirection = "out"\n'
     )
     result = invoke("config", "show", "--origin")
@@ -367,25 +385,65 @@ def test_auth_test_ends_with_the_verdict(
 # worker
 
 
-def test_worker_hands_settings_address_and_names_to_the_runtime(
-    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the runtime was asked to serve."""
     from broker.runtime import foreign
 
     seen: list[Any] = []
     monkeypatch.setattr(foreign, "serve", lambda settings, url, only, **more: seen.append((url, only, more)) or 3)
-    result = invoke(
-        "worker",
-        "--broker",
-        "mqtt://h:1",
-        "--only",
-        "a",
-        "--only",
-        "b",
-        "--username",
-        "u",
-        "--password-stdin",
-        input="p\n",
-    )
+    return seen
+
+
+def test_worker_hands_settings_address_and_names_to_the_runtime(invoke: Invoke, served: list[Any]) -> None:
+    names = ("--only", "a", "--only", "b")
+    result = invoke("worker", "--broker", "mqtt://h:1", *names, "--username", "u", "--password-stdin", input="p\n")
     assert result.exit_code == 3
-    assert seen == [("mqtt://h:1", ["a", "b"], {"username": "u", "password": "p"})]
+    more = {"username": "u", "password": "p", "tls": None, "insecure": False}
+    assert served == [("mqtt://h:1", ["a", "b"], more)]
+
+
+def test_worker_takes_its_login_from_files_the_environment_or_the_address(
+    invoke: Invoke, served: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "pw").write_text("from file\n")
+    environment = {"ISTHMUS_WORKER_USERNAME": "env", "ISTHMUS_WORKER_PASSWORD": "from env"}
+    invoke("worker", "--broker", "h", "--username", "u", "--password-file", "pw", env=environment)
+    invoke("worker", "--broker", "h", env=environment)
+    invoke("worker", "--broker", "mqtt://a:b%20c@h")
+    assert [(url, m["username"], m["password"]) for url, _, m in served] == [
+        ("h", "u", "from file"),
+        ("h", "env", "from env"),
+        ("mqtt://h", "a", "b c"),
+    ]
+
+
+def test_worker_verifies_the_broker_unless_told_otherwise(invoke: Invoke, served: list[Any]) -> None:
+    invoke("worker", "--broker", "mqtts://h")
+    invoke("worker", "--broker", "wss://h/mqtt", "--insecure")
+    verified, unverified = (more["tls"] for _, _, more in served)
+    assert (verified.verify_mode, verified.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert (unverified.verify_mode, unverified.check_hostname) == (ssl.CERT_NONE, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--broker", "http://h"), "unknown scheme"),
+        (("--broker", "mqtt://u:hunter2@h:x"), "not a broker address"),
+        (("--broker", "mqtt://h", "--ca", "pem"), "are for mqtts://"),
+        (("--broker", "mqtts://h", "--ca", "pem"), "--ca: cannot use pem"),
+        (("--broker", "mqtts://h", "--certificate", "pem"), "--certificate: cannot use pem"),
+        (("--broker", "mqtts://h", "--key", "pem"), "--key needs --certificate"),
+        (("--broker", "mqtts://h", "--ca", "missing"), "does not exist"),
+        (("--broker", "h", "--password-stdin", "--password-file", "pem"), "not both"),
+    ],
+)
+def test_worker_refuses_what_cannot_work_with_2(
+    invoke: Invoke, served: list[Any], tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "pem").write_text("")
+    result = invoke("worker", *arguments)
+    assert (result.exit_code, served) == (2, [])
+    assert words in result.stderr
+    assert "hunter2" not in result.stderr

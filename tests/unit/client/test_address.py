@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from broker.client.address import parse
+from broker.client.address import parse, split_login
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,19 @@ def test_credentials_in_a_url_are_refused_and_not_repeated() -> None:
     with pytest.raises(ValueError) as caught:
         parse("mqtt://user:hunter2@broker")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "bare", "username", "password"),
+    [
+        ("mqtt://broker:1884", "mqtt://broker:1884", None, None),
+        ("mqtts://u:p%40ss@broker", "mqtts://broker", "u", "p@ss"),
+        ("u@broker", "mqtt://broker", "u", None),
+        ("ws://u:p@[::1]:8083/mqtt?x=1", "ws://[::1]:8083/mqtt?x=1", "u", "p"),
+        ("unix:///run/broker.sock", "unix:///run/broker.sock", None, None),
+    ],
+)
+def test_a_login_in_a_url_is_taken_out_where_people_may_write_it(
+    url: str, bare: str, username: str | None, password: str | None
+) -> None:
+    assert split_login(url) == (bare, username, password)

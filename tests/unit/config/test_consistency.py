@@ -145,6 +145,16 @@ def test_a_bad_order_key_is_an_error(problems: Problems) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["user_property.site", "msgid", "ts", "nonsense"])
+def test_an_order_key_that_no_message_has_when_a_lane_is_chosen_is_an_error(problems: Problems, name: str) -> None:
+    found = problems(a=SINK + f'filters = ["a"]\nlanes = 2\norder_key = "${{{name}}}"\n')
+    assert found[0].startswith(f"conf.d/a.toml:5: sinks.sqlite.order_key: ${{{name}}}: lanes are chosen by clientid,")
+
+
+def test_an_order_key_may_be_a_level_of_the_topic_or_a_field_of_the_payload(load: Load) -> None:
+    load(a=SINK + 'filters = ["a"]\nlanes = 2\norder_key = "${topic[1]}/${payload.site}"\n')
+
+
 @pytest.mark.parametrize("text", ["a", "/", "+", "#", "+/a/#", "a//b", "$SYS/#", "$share/g/a/+", "a b"])
 def test_valid_filters(text: str) -> None:
     check_filter(text)

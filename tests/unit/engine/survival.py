@@ -410,7 +410,7 @@ class World:
     def configure(self) -> None:
         """What the application does after a start."""
         if self.spec is not None:
-            self.bench.engine.ensure_instance("x", self.spec, by_publisher)
+            self.bench.engine.instances.ensure("x", self.spec, by_publisher)
 
     @property
     def time(self) -> float:

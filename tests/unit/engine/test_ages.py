@@ -59,13 +59,13 @@ def test_d17_a_message_ages_while_the_broker_is_down_too() -> None:
 @pytest.mark.parametrize("by", [YEAR, -YEAR])
 def test_d17_an_instance_keeps_what_is_younger_than_its_max_age(by: int) -> None:
     bench = StoredBench()
-    bench.engine.ensure_instance("x", spec(max_age=60.0))
+    bench.engine.instances.ensure("x", spec(max_age=60.0))
     bench.commit()
     bench.client("p").publish("t", b"m", 1)
     bench.commit()
     jump(bench, by)
     bench.pass_time(2)
-    (lane,) = bench.engine.lanes("x")
+    (lane,) = bench.engine.instances.lanes("x")
     assert lane.queued == 1
     assert abs(bench.engine.core.wall_ms - lane.oldest_ms() - 2000) < 1000, "the age that is shown"
     bench.pass_time(70)

@@ -71,17 +71,25 @@ def test_p16_a_client_that_goes_on_while_the_gate_thinks_is_no_longer_read(bench
     client.version = 5
     first = connect_packet("c", 5)
     flood = publish("t", b"x" * 1000, version=5) * 100
+    pieces = [flood[i : i + 1000] for i in range(0, len(flood), 1000)]
     if glued:
-        client.send(first + flood)
+        pieces[0] = first + pieces[0]
     else:
         client.send(first)
-        assert client.link.reading
-        client.send(flood)
+    for piece in pieces:
+        if not client.link.reading:
+            break
+        client.send(piece)
+        assert client.channel.have <= 65_536 + 1000
     assert not client.link.reading
-    bench.pass_time(11)
+    assert not client.bytes()
+    bench.pass_time(9)
+    assert not client.closed
+    bench.pass_time(2)
     assert client.closed
     (answer,) = client.take()
     assert answer.code == 0x88
+    assert client.channel.pieces is None
     assert not bench.gate.pending
     assert is_empty(bench.engine)
 
@@ -117,10 +125,12 @@ def test_an_answer_of_the_gate_that_comes_too_late_or_twice_changes_nothing(benc
 
 @pytest.mark.parametrize(("version", "clean", "code"), [(3, True, 2), (3, False, 2), (4, True, 0), (4, False, 2)])
 def test_p21_an_empty_client_id_before_mqtt_5(bench: Bench, version: int, clean: bool, code: int) -> None:
-    client = bench.client("", version=version, clean=clean)
-    assert client.connack.code == code
-    assert client.closed == (code != 0)
-    assert len(bench.engine.sessions) == (code == 0)
+    client, other = (bench.client("", version=version, clean=clean) for _ in range(2))
+    for one in (client, other):
+        assert one.connack.code == code
+        assert one.closed == (code != 0)
+    assert len(bench.engine.sessions) == (0 if code else 2), "each has a name of its own"
+    assert all(bench.engine.sessions)
 
 
 @pytest.mark.parametrize("clean", [True, False])

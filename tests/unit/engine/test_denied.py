@@ -64,7 +64,7 @@ def test_z25_a_subscribe_that_ends_the_connection_leaves_nothing_half_done(bench
     bench.commit()
     (told,) = s.take()
     assert told.code == 0x87
-    assert not bench.engine._unwritten
+    assert not bench.engine.subscriptions._unwritten
     assert "internal_error" not in bench.engine.core.events
     assert [json.loads(m.payload)["topic"] for m in ear.take()] == ["yes"]
 

@@ -30,7 +30,7 @@ class Watching(Gate):
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     bench = Bench(session_expiry=10.0)
-    bench.gate = bench.engine.gate = Watching()
+    bench.gate = bench.engine.rights.gate = Watching()
     gc.collect()
     gc.disable()
     yield bench

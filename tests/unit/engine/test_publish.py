@@ -135,6 +135,27 @@ def test_p38_acknowledgements_of_unknown_identifiers(bench: Bench) -> None:
     assert bench.engine.core.events["unknown_ack"] == 5
 
 
+@pytest.mark.parametrize("version", [4, 5])
+def test_p38_they_free_no_place_in_either_window(version: int) -> None:
+    bench = Bench(receive_maximum=2, max_inflight=2)
+    s = bench.client("s", version=version, **({"receive_maximum": 2} if version == 5 else {}))
+    s.subscribe("t", qos=2)
+    p = bench.client("p")
+    for i in range(4):
+        p.publish("t", b"%d" % i, 1, ident=i + 1)
+    one, two = s.take()
+    unknown = next(i for i in range(1, 9) if i not in (one.packet_id, two.packet_id))
+    s.send(*(ack(first, unknown) for first in (PUBACK, PUBREC, PUBCOMP, PUBREL)))
+    assert not payloads(s)
+    s.send(ack(PUBACK, one.packet_id))
+    assert payloads(s) == [b"2"]
+    s.send(*(publish("x", b"", 2, i, version) for i in (1, 2)), ack(PUBREL, 3), publish("x", b"", 2, 3, version))
+    if version == 5:
+        assert closed_with(s, 0x93), "only the identifiers it has used give their places back"
+    else:
+        assert bench.engine.sessions["s"].received_count == 3
+
+
 def test_p39_an_acknowledgement_just_before_the_end_counts(bench: Bench) -> None:
     s = bench.client("s", clean=False)
     s.subscribe("t", qos=1)
@@ -457,17 +478,25 @@ def test_p58_after_unsubscribing_what_is_in_flight_finishes_and_what_waits_goes(
     assert bench.engine.core.dropped == {"unsubscribed": 3}
 
 
-def test_p58_resubscribing_at_qos_0_leaves_what_is_in_flight(bench: Bench) -> None:
+def test_p58_resubscribing_at_qos_0_finishes_what_is_in_flight_and_loses_nothing_that_waits(bench: Bench) -> None:
+    """What waits is not dropped here: a subscription may be replaced without losing messages, [MQTT-3.8.4-4]."""
     s = _offline(bench)
     p = bench.client("p")
-    p.publish("t", b"1", 1)
-    (one,) = s.take()
-    s.subscribe("t", qos=0)
-    p.publish("t", b"2", 1)
-    (two,) = s.take()
-    assert (two.qos, two.payload) == (0, b"2")
-    s.send(ack(PUBACK, one.packet_id))
-    assert bench.engine.sessions["s"].queued == 0
+    for i in range(4):
+        p.publish("t", b"%d" % i, 1 + i % 2, ident=i + 1)
+    one, two = s.take()
+    assert s.subscribe("t", qos=0) == [0]
+    p.publish("t", b"live", 1, ident=9)
+    (live,) = s.take()
+    assert (live.qos, live.payload) == (0, b"live")
+    s.send(ack(PUBACK, one.packet_id), ack(PUBREC, two.packet_id), ack(PUBCOMP, two.packet_id))
+    (waited, release, last) = s.take()
+    assert (waited.payload, release.packet_id, last.payload) == (b"2", two.packet_id, b"3")
+    s.send(ack(PUBACK, waited.packet_id), ack(PUBREC, last.packet_id), ack(PUBCOMP, last.packet_id))
+    session = bench.engine.sessions["s"]
+    assert session.queued == 0
+    assert session.inflight.count == 0, "every place is free again"
+    assert not bench.engine.core.dropped
 
 
 def test_connect_and_everything_else_may_share_one_segment(bench: Bench) -> None:
@@ -495,7 +524,11 @@ def test_reason_codes_of_a_failed_release_are_understood(bench: Bench) -> None:
 def test_p43_in_warn_mode_the_excess_is_only_logged_and_counted() -> None:
     bench = Bench(receive_maximum=1, receive_maximum_policy="warn")
     p = bench.client("p", version=5)
+    s = bench.client("s")
+    s.subscribe("t")
     p.publish("t", b"1", 2, ident=1).publish("t", b"2", 2, ident=2)
+    assert p.bytes() == ack(PUBREC, 1) + ack(PUBREC, 2)
+    assert payloads(s) == [b"1", b"2"]
     assert not p.closed
     assert bench.engine.core.events["receive_maximum_exceeded"] == 1
     assert [category for category, _ in bench.reports] == ["receive_maximum"]

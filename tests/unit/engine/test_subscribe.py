@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from collections import Counter
+
 import pytest
 
 from broker.mqtt import packets
@@ -57,17 +61,33 @@ def test_p30_no_local_on_a_shared_subscription_ends_the_connection(bench: Bench)
     assert closed_with(client, 0x82)
 
 
-def test_p32_shared_and_plain_filters_are_different_subscriptions_and_leave_nothing(bench: Bench) -> None:
+@pytest.mark.parametrize("ends", [True, False], ids=["unsubscribed", "left-there"])
+@pytest.mark.parametrize(
+    ("first", "second"), [(b"$share/g/x/#", b"x/#"), (b"x/#", b"$share/g/x/#"), (b"$share/g/x", b"x")]
+)
+def test_p32_shared_and_plain_filters_are_different_subscriptions_and_leave_nothing(
+    bench: Bench, first: bytes, second: bytes, ends: bool
+) -> None:
     client = bench.client("c", version=5)
-    feed = client.channel.feed
-    for _ in range(2500):
-        for first, second in ((b"$share/g/x/#", b"x/#"), (b"x/#", b"$share/g/x/#")):
-            feed(packets.encode_subscribe(1, 5, [(first, 1)]))
-            feed(packets.encode_unsubscribe(2, 5, [second]))
+    subscribe, wrong = packets.encode_subscribe(1, 5, [(first, 1)]), packets.encode_unsubscribe(2, 5, [second])
+    right = packets.encode_unsubscribe(3, 5, [first])
+
+    def alternate(times: int) -> int:
+        """How many blocks of memory are in use afterwards."""
+        for _ in range(times):
+            client.send(subscribe, wrong)
             assert bench.engine.router.count == 1
-            feed(packets.encode_unsubscribe(3, 5, [first]))
-            assert bench.engine.router.count == 0
-        client.link.written.clear()
+            if ends:
+                client.send(right)
+                assert bench.engine.router.count == 0
+            client.link.written.clear()
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = alternate(1_000)
+    assert alternate(10_000) - before < 500, "memory is flat"
+    client.send(right)
+    assert bench.engine.router.count == 0
     assert not bench.engine.groups
     assert bench.engine.sessions["c"].subscriptions is None
     assert not bench.engine.router.root.children
@@ -84,6 +104,53 @@ def test_r08_subscriptions_of_one_client_are_bounded() -> None:
     five.send(packets.encode_unsubscribe(2, 5, [b"t/1"]))
     five.take()
     assert five.subscribe("new") == [0]
+
+
+def test_r08_a_hundred_thousand_subscriptions_of_one_client_end_at_the_limit(bench: Bench) -> None:
+    limit = bench.engine.core.limits.max_subscriptions
+    assert limit == 1000
+    client = bench.client("c", version=5)
+    codes: Counter[int] = Counter()
+    before = 0
+    for start in range(0, 100_000, 500):
+        codes.update(client.subscribe(*[f"a/+/{i}/#" for i in range(start, start + 500)], qos=1))
+        client.link.written.clear()
+        client.read = 0
+        if start == 2_000:
+            before = sys.getallocatedblocks()
+    assert codes == {1: limit, 0x97: 100_000 - limit}
+    assert bench.engine.router.count == limit
+    assert sys.getallocatedblocks() - before < 2_000, "what is refused is not kept"
+    assert not client.closed
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_r08_a_packet_of_a_hundred_thousand_filters_keeps_nobody_waiting(bench: Bench, known: bool) -> None:
+    """The work is counted: a thousand comparisons for each filter would be a hundred million calls."""
+    client = bench.client("c", version=5)
+    assert client.subscribe(*[f"{i:05}" for i in range(1000)]) == [0] * 1000
+    filters = [f"{i % 1000 if known else i + 1000:05}".encode() for i in range(100_000)]
+    calls = 0
+
+    def profile(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    for packet in (
+        packets.encode_subscribe(1, 5, [(filter, 1) for filter in filters]),
+        packets.encode_unsubscribe(2, 5, filters),
+    ):
+        calls = 0
+        sys.setprofile(profile)
+        try:
+            client.send(packet)
+        finally:
+            sys.setprofile(None)
+        assert calls < 60 * len(filters)
+    granted, gone = client.take()
+    assert Counter(granted.codes) == ({1: 1000, 0x97: 99_000} if known else {0x97: 100_000})
+    assert Counter(gone.codes) == ({0: 1000, 0x11: 99_000} if known else {0x11: 100_000})
+    assert bench.engine.router.count == (0 if known else 1000)
 
 
 def test_subscribing_again_replaces_the_subscription(bench: Bench) -> None:

@@ -17,7 +17,7 @@ from tests.unit.engine.parts import resume
 
 ALL = (
     "client_connected", "client_disconnected", "session_created", "session_terminated",
-    "session_subscribed", "session_unsubscribed",
+    "session_subscribed", "session_unsubscribed", "message_dropped",
 )  # fmt: skip
 SECRET = b"a-password-nobody-may-read"
 
@@ -137,13 +137,13 @@ def test_a_right_that_was_taken_away_ends_the_subscription(bench: Watched) -> No
 
 
 def test_workers_and_what_they_do_is_nobodys_business(bench: Watched) -> None:
-    bench.engine.ensure_instance("store", SessionSpec(filters=(("a/#", 2),)), None)
+    bench.engine.instances.ensure("store", SessionSpec(filters=(("a/#", 2),)), None)
     worker = bench.client("isthmus/store/0", version=5, clean=False, privileged=True)
     worker.drop()
     helper = bench.client("isthmus/store/watch", version=5, privileged=True)
     helper.subscribe("x")
     helper.drop()
-    bench.engine.remove_instance("store")
+    bench.engine.instances.remove("store")
     assert bench.names() == []
 
 
@@ -158,7 +158,7 @@ def test_only_what_was_asked_for_is_published(bench: Watched) -> None:
 def test_when_nothing_is_watched_the_engine_tells_nobody(bench: Watched) -> None:
     client = bench.client("dev")
     bench.events.watch([])
-    assert bench.engine.observer is None
+    assert bench.engine.core.observer is None
     bench.heard()
     client.drop()
     bench.client("other").subscribe("a")
@@ -213,3 +213,62 @@ def test_nothing_is_remembered_of_who_has_left(bench: Watched) -> None:
     late.send(connect_packet("late"))
     late.drop()
     assert not bench.events._since
+
+
+def lost(bench: Watched) -> list[tuple[str | None, str, int]]:
+    """What the next report says."""
+    bench.pass_time(1.5)
+    heard = [said for said in bench.heard() if said["event"] == "message_dropped"]
+    return sorted((said["clientid"] or "", said["reason"], said["count"]) for said in heard)
+
+
+def test_what_is_dropped_is_told_once_a_second_by_client_and_reason(bench: Watched) -> None:
+    bench.engine.core.limits.max_queued_messages = 2
+    away = bench.client("away", version=5, clean=False, session_expiry_interval=1000)
+    away.subscribe("t/#", qos=1)
+    away.drop()
+    publisher = bench.client("pub", version=5)
+    for number in range(5):
+        publisher.publish("t/1", b"%d" % number, qos=1)
+    assert lost(bench) == [("away", "queue_full", 3)]
+    assert lost(bench) == []
+    publisher.publish("t/1", b"", qos=1)
+    assert lost(bench) == [("away", "queue_full", 1)]
+
+
+def test_a_refused_message_is_its_publishers(bench: Watched) -> None:
+    bench.gate.deny_publish.add(("alice", "secret"))
+    publisher = bench.client("pub", version=5, username="alice")
+    publisher.publish("secret", b"", qos=1)
+    assert lost(bench) == [("pub", "unauthorized", 1)]
+
+
+def test_an_event_that_is_dropped_makes_no_event(bench: Watched) -> None:
+    """Else the queue of whoever hears them would never be told of anything else."""
+    bench.engine.core.limits.max_queued_messages = 1
+    ear = bench.client("late", version=5, clean=False, privileged=True, session_expiry_interval=1000)
+    ear.subscribe("$events/#", "t", qos=1)
+    ear.drop()
+    publisher = bench.client("pub", version=5)
+    for _ in range(3):
+        publisher.publish("t", b"", qos=1)
+    first = lost(bench)
+    assert [said for said in first if said[0] == "late"]
+    assert lost(bench) == []
+
+
+def test_many_losers_are_one_report_of_bounded_size(bench: Watched) -> None:
+    for number in range(3000):
+        bench.engine.core.drop("too_large", 2, type("Session", (), {
+            "client_id": f"dev-{number}", "owner": None, "channel": None, "spec": None, "principal": None,
+        })())  # fmt: skip
+    told = lost(bench)
+    assert len(told) == 1001
+    assert told[0] == ("", "too_large", 4000)
+
+
+def test_who_does_not_ask_is_told_nothing(bench: Watched) -> None:
+    bench.events.watch(["client_connected"])
+    assert bench.engine.core.on_drop is None
+    bench.engine.core.drop("too_large", 1, None)
+    assert lost(bench) == []

@@ -71,6 +71,7 @@ def test_p80_only_protocol_error_escapes_from_mutated_packets(wire: Wire, seed: 
 
 def test_p80_only_protocol_error_escapes_from_any_bytes(wire: Wire) -> None:
     chance = random.Random(3)
+    refused = 0
     for _ in range(4_000):
         first = chance.randrange(256)
         body = chance.randbytes(chance.randint(0, 24))
@@ -78,11 +79,13 @@ def test_p80_only_protocol_error_escapes_from_any_bytes(wire: Wire) -> None:
             try:
                 wire.packets.decode(first, body, version, True)
             except ProtocolError:
-                continue
+                refused += 1
+    assert 6_000 < refused < 8_000, "noise is refused nearly always, and not for being noise"
 
 
 def test_p80_only_protocol_error_escapes_from_a_broken_stream(wire: Wire) -> None:
     chance = random.Random(4)
+    broken = packets = 0
     for _ in range(300):
         stream = bytearray(b"".join(chance.choices(_SEEDS, k=5)))
         for _ in range(3):
@@ -92,10 +95,13 @@ def test_p80_only_protocol_error_escapes_from_a_broken_stream(wire: Wire) -> Non
         while at < len(stream):
             size = chance.randint(1, 40)
             try:
-                reader.feed(bytes(stream[at : at + size]))
+                packets += len(reader.feed(bytes(stream[at : at + size])))
             except ProtocolError:
+                broken += 1
                 break
             at += size
+    assert broken > 10
+    assert packets > 300
 
 
 @pytest.mark.skipif(not COMPILED, reason="the room is not compiled, there is nothing to compare")

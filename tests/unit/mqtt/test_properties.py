@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import timeit
 from itertools import pairwise
 
 import pytest
@@ -228,3 +230,25 @@ def test_p50_the_work_grows_with_the_count_and_not_faster(wire: Wire) -> None:
             runs.append(time.process_time() - started)
         best[n] = min(runs)
     assert best[16_000] <= 32 * 8 * best[500]  # linear is 32, quadratic 1 024, the rest a busy machine
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("ISTHMUS_SOAK") != "1", reason="about speed: make soak")
+def test_p50_fifteen_thousand_take_fifty_milliseconds_and_twice_as_many_twice_as_long(wire: Wire) -> None:
+    def seconds(count: int, limit: int) -> float:
+        block = _many(wire, count)
+
+        def parse() -> None:
+            try:
+                wire.properties.decode_properties(block, 0, len(block), PUBLISH, limit)
+            except ProtocolError as refusal:
+                assert refusal.code == 0x97  # noqa: PT017
+
+        return min(timeit.repeat(parse, repeat=40, number=1))
+
+    times = [seconds(count, 100_000) for count in (3_750, 7_500, 15_000)]
+    capped = seconds(15_000, 64)
+    print(f"P-50: {[f'{t * 1e3:.2f} ms' for t in times]}, refused after {capped * 1e6:.0f} µs")
+    assert max(*times, capped) <= 0.050
+    for less, more in pairwise(times):
+        assert more <= 2.5 * less

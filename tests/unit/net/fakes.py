@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import ipaddress
 import ssl
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,9 @@ class Engine:
     """`channels` in the order they were opened; `reports` are (category, text)."""
 
     def __init__(self) -> None:
-        self.core = SimpleNamespace(limits=SimpleNamespace(connect_timeout=10.0, max_packet_size=1 << 20))
+        self.events: Counter[str] = Counter()
+        limits = SimpleNamespace(connect_timeout=10.0, max_packet_size=1 << 20)
+        self.core = SimpleNamespace(limits=limits, count=lambda event: self.events.update((event,)))
         self.channels: list[Channel] = []
         self.reports: list[tuple[str, str]] = []
         self.reply: bytes | None = None

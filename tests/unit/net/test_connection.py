@@ -19,6 +19,9 @@ from broker.net.listeners import Listeners
 from broker.net.server import PER_TICK
 from tests.unit.net.fakes import CONNECT, Channel, Engine, config, until
 
+READ = 256 * 1024
+"""Bytes a loop may take from a socket at once."""
+
 
 async def test_every_read_reaches_the_channel_in_order(listeners: Any, engine: Engine, connect: Any) -> None:
     client = await connect(await listeners.open("tcp", config("tcp")))
@@ -145,6 +148,80 @@ async def test_a_slow_reader_is_announced_and_its_recovery_too(  # R-04
     reading = asyncio.ensure_future(client.reader.read(-1))
     await channel.until(lambda: channel.calls == ["pause_writing", "resume_writing"])
     reading.cancel()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+async def test_r19_a_connection_whose_channel_cannot_be_made_is_closed_and_no_other(
+    listeners: Any, engine: Engine, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    where = {"path": str(tmp_path / "m.sock")} if kind == "unix" else {}
+    listener = await listeners.open("any", config(kind, max_connections=2, **where))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "open_channel", _injected)
+        for _ in range(5):
+            assert await (await connect(listener)).closed(within=2) == b""
+    assert (listener.connections, listener.channels) == (0, 0)
+    assert engine.events == {"internal_error": 5}
+    client = await connect(listener)
+    channel = await engine.channel()
+    await client.send(CONNECT)
+    await channel.until(lambda: channel.received == CONNECT)
+
+
+def _injected(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("injected")
+
+
+async def test_r19_a_socket_that_cannot_be_taken_does_not_stop_the_acceptor(
+    listeners: Any, engine: Engine, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = await listeners.open("local", config("unix", path=str(tmp_path / "m.sock")))
+    with monkeypatch.context() as patch:
+        patch.setattr(listener, "_admit", _injected)
+        assert await (await connect(listener)).closed(within=2) == b""
+    await connect(listener)
+    await engine.channel()
+    assert listener.connections == 1
+
+
+class Thinking(OpenGate):
+    """Never answers."""
+
+    def __init__(self) -> None:
+        self.channels: list[Any] = []
+
+    def authenticate(self, channel: Any, connect: Any) -> None:
+        self.channels.append(channel)
+
+    def cancel(self, channel: Any) -> None:
+        self.channels.remove(channel)
+
+
+async def test_p16_ten_megabytes_behind_a_connect_stay_outside_while_the_gate_thinks(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    gate = Thinking()
+    engine = BrokerEngine(gate, loop.call_soon, clock=loop.time, wall_ms=0)
+    listeners = Listeners(engine, tmp_path)
+    listener = await listeners.open("tcp", config("tcp"))
+    with socket.socket() as peer:
+        peer.setblocking(False)
+        await loop.sock_connect(peer, ("127.0.0.1", listener.port))
+        await loop.sock_sendall(peer, CONNECT)
+        await until(lambda: bool(gate.channels))
+        (channel,) = gate.channels
+        publish = b"\x30\xe8\x07\x00\x01t" + bytes(997)
+        flood = asyncio.ensure_future(loop.sock_sendall(peer, publish * 10_000))
+        await until(lambda: bool(channel.paused))
+        await asyncio.wait([flood], timeout=0.2)
+        assert not flood.done(), "it was read on"
+        assert channel.have <= 65_536 + READ
+        flood.cancel()
+        engine.tick(loop.time() + 10.5, 0)
+        await until(lambda: not gate.channels)
+        engine.tick(loop.time() + 16, 0)
+        await until(lambda: listener.connections == 0)
+    assert not engine.sessions
+    await listeners.close_all()
 
 
 async def test_r05_a_peer_that_never_reads_is_cut_four_seconds_after_the_close(tmp_path: Path) -> None:

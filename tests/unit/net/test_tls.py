@@ -114,6 +114,73 @@ async def test_p66_plain_mqtt_to_the_tls_port_is_closed_with_one_line(
     assert listener.connections == 0
 
 
+async def test_r19_an_error_about_one_hello_leaves_the_others_their_turn(
+    listeners: Any, engine: Engine, connect: Any, authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = await listeners.open("devices", secure(pair))
+    begin = listener._begin
+    broken: list[Any] = []
+
+    def injected(waiting: Any) -> None:
+        if len(broken) < 3:
+            broken.append(waiting)
+            raise RuntimeError("injected")
+        begin(waiting)
+
+    monkeypatch.setattr(listener, "_begin", injected)
+    for _ in range(3):
+        client = await connect(listener)
+        await client.send(client_hello(b"localhost"))
+        assert await client.closed(within=2) == b""
+    assert listener.connections == 0
+    assert listener.refused == {"internal_error": 3}
+    assert engine.events == {"internal_error": 3}
+    await hello(connect, listener, authority.client())
+    await engine.channel()
+
+
+async def test_r19_an_error_about_a_silent_peer_leaves_the_others_their_deadline(
+    listeners: Any, engine: Engine, connect: Any, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.core.limits.connect_timeout = 0.2
+    listener = await listeners.open("devices", secure(pair))
+    report = listener.report
+    said: list[str] = []
+
+    def injected(category: str, text: str) -> None:
+        said.append(text)
+        if len(said) == 1:
+            raise RuntimeError("injected")
+        report(category, text)
+
+    monkeypatch.setattr(listener, "report", injected)
+    clients = [await connect(listener) for _ in range(3)]
+    for client in clients:
+        assert await client.closed(within=2) == b""
+    late = await connect(listener)
+    assert await late.closed(within=2) == b""
+    assert listener.connections == 0
+    assert engine.events == {"internal_error": 1}
+
+
+async def test_r19_a_hand_shake_that_fails_in_us_is_counted_out(
+    listeners: Any, engine: Engine, connect: Any, authority: Authority, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def injected(transport: Any) -> int:
+        raise RuntimeError("injected")
+
+    listener = await listeners.open("devices", secure(pair))
+    with monkeypatch.context() as patch:
+        patch.setattr(listener, "_factory", lambda peer, since: injected)
+        client = await connect(listener)
+        await client.send(client_hello(b"localhost"))
+        await client.closed(within=2)
+    await until(lambda: listener.connections == 0)
+    assert engine.events == {"internal_error": 1}
+    await hello(connect, listener, authority.client())
+    await engine.channel()
+
+
 async def test_p67_silence_and_half_a_hello_end_at_the_connect_deadline(
     listeners: Any, engine: Engine, connect: Any, pair: Pair
 ) -> None:
@@ -173,16 +240,53 @@ async def test_at_most_so_many_handshakes_start_in_one_tick(
         peer.close()
 
 
-def client_hello(name: bytes) -> bytes:
-    """A TLS 1.2 ClientHello that asks for this server name."""
+ECDHE_ECDSA_AES128_GCM = 0xC02B
+
+
+def client_hello(name: bytes, suite: int = ECDHE_ECDSA_AES128_GCM, compression: bytes = b"\x00") -> bytes:
+    """A TLS 1.2 ClientHello that asks for this server name and offers one cipher suite."""
     entry = b"\x00" + len(name).to_bytes(2, "big") + name
-    extension = b"\x00\x00" + (len(entry) + 2).to_bytes(2, "big") + len(entry).to_bytes(2, "big") + entry
+    extensions = b"\x00\x00" + (len(entry) + 2).to_bytes(2, "big") + len(entry).to_bytes(2, "big") + entry
+    extensions += bytes.fromhex("000a 0004 0002 0017  000b 0002 0100  000d 0004 0002 0403")  # P-256 with SHA-256
     body = (
-        b"\x03\x03" + bytes(32) + b"\x00" + b"\x00\x02\xc0\x2b" + b"\x01\x00"
-        + len(extension).to_bytes(2, "big") + extension
+        b"\x03\x03" + bytes(32) + b"\x00" + b"\x00\x02" + suite.to_bytes(2, "big")
+        + bytes([len(compression)]) + compression + len(extensions).to_bytes(2, "big") + extensions
     )  # fmt: skip
     message = b"\x01" + len(body).to_bytes(3, "big") + body
     return b"\x16\x03\x01" + len(message).to_bytes(2, "big") + message
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [0x0001, 0x0002, 0x0003, 0x0004, 0x0005, 0x0006, 0x0008, 0x0009, 0x000A, 0x0018, 0x001B, 0x002F, 0x0034, 0xC006,
+     0xC007, 0xC008, 0xC009, 0xC015, 0xC016],
+    ids=["null-md5", "null-sha", "export-rc4", "rc4-md5", "rc4-sha", "export-rc2", "export-des", "des", "3des",
+         "anon-rc4", "anon-3des", "rsa-aes", "anon-aes", "ecdhe-null", "ecdhe-rc4", "ecdhe-3des", "ecdhe-cbc",
+         "ecdh-anon-null", "ecdh-anon-rc4"],
+)  # fmt: skip
+async def test_p69_what_openssl_no_longer_offers_is_refused_too(
+    listeners: Any, engine: Engine, connect: Any, pair: Pair, suite: int
+) -> None:
+    client = await connect(await listeners.open("devices", secure(pair)))
+    await client.send(client_hello(b"localhost", suite))
+    assert b"\x16" not in (await client.closed())[:1], "not a ServerHello, at most an alert"
+    assert "no cipher we accept" in await engine.reported("tls")
+    assert engine.channels == []
+
+
+@pytest.mark.parametrize("offered", [b"\x00", b"\x01\x00", b"\x40\x01\x00"])
+async def test_p69_nothing_is_compressed_whatever_is_offered(
+    listeners: Any, connect: Any, pair: Pair, offered: bytes
+) -> None:
+    client = await connect(await listeners.open("devices", secure(pair)))
+    await client.send(client_hello(b"localhost", compression=offered))
+    async with asyncio.timeout(5):
+        head = await client.reader.readexactly(5 + 4 + 2 + 32)
+        assert (head[0], head[5]) == (0x16, 2), "a ServerHello"
+        session = (await client.reader.readexactly(1))[0]
+        rest = await client.reader.readexactly(session + 3)
+    assert int.from_bytes(rest[session : session + 2], "big") == ECDHE_ECDSA_AES128_GCM
+    assert rest[session + 2] == 0
 
 
 @pytest.mark.parametrize("name", [b"a\nb", b"a\x00b", b"a" * 300, b"caf\xe9", b"a b"])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.net.fakes import CONNECT, Client, Engine, config
+from broker.engine.engine import Engine as BrokerEngine
+from broker.engine.gate import OpenGate
+from broker.net.listeners import Listeners
+from tests.unit.net.fakes import CONNECT, Client, Engine, config, until
 
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 ACCEPT = "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 1.3
@@ -274,6 +279,83 @@ async def test_p72_before_login_no_more_than_64_kib_are_taken(client: Client, en
     assert not sending.done()
     assert channel.reads == []
     sending.cancel()
+
+
+async def test_p72_endless_continuations_before_login_are_no_way_around_it(client: Client, engine: Engine) -> None:
+    channel = await engine.channel()
+    begun = b"\x10\xe8\xfb\x03\x00\x04MQTT\x05"  # a CONNECT of 65 000 bytes
+    endless = frame(begun, fin=False) + frame(bytes(100), CONTINUATION, fin=False) * 300_000
+    sending = asyncio.ensure_future(client.send(endless))
+    await channel.until(lambda: len(channel.received) > 50_000)
+    await asyncio.wait([sending], timeout=0.3)
+    assert not sending.done()
+    assert len(channel.received) <= 64 * 1024 + 256
+    sending.cancel()
+    channel.link.abort()
+    async with asyncio.timeout(5):
+        await channel.gone
+
+
+async def test_p72_frames_without_contents_count_too(client: Client, engine: Engine) -> None:
+    channel = await engine.channel()
+    endless = frame(b"", fin=False) + frame(b"", CONTINUATION, fin=False) * 5_000_000
+    sending = asyncio.ensure_future(client.send(endless))
+    await asyncio.wait([sending], timeout=0.5)
+    assert not sending.done()
+    assert channel.reads == []
+    sending.cancel()
+
+
+async def test_r19_an_upgrade_whose_channel_cannot_be_made_ends_alone(
+    ws: Any, connect: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def injected(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "open_channel", injected)
+        client = await connect(ws)
+        await client.send(request())
+        await client.closed(within=2)
+    assert (ws.connections, ws.channels) == (0, 0)
+    assert engine.events == {"internal_error": 1}
+    assert (await status(await connect(ws), request()))[0] == 101
+    await engine.channel()
+
+
+async def test_r19_a_close_frame_that_fills_the_buffer_stops_no_clock(tmp_path: Path) -> None:
+    """The transport says that it is full when the channel is closed already."""
+    loop = asyncio.get_running_loop()
+    broker = BrokerEngine(OpenGate(), loop.call_soon, clock=loop.time, wall_ms=0)
+    listeners = Listeners(broker, tmp_path)
+    listener = await listeners.open("browsers", config("ws"))
+    with socket.socket() as peer:
+        peer.setblocking(False)
+        await loop.sock_connect(peer, ("127.0.0.1", listener.port))
+        await loop.sock_sendall(peer, request() + frame(CONNECT))
+        await until(lambda: bool(broker.sessions))
+        channel: Any = next(iter(broker.sessions.values())).channel
+        link = channel.link
+        _, full = link.transport.get_write_buffer_limits()
+        while link.get_write_buffer_size() == 0:
+            link.write(bytes(full // 2))
+            await asyncio.sleep(0)
+        while (left := full - link.get_write_buffer_size()) > 2:
+            link.write(bytes(min(left - 4, 100) if left > 6 else 0))
+        assert not channel.congested
+        channel.disconnect(0x98)
+        assert not broker.sessions
+        broker.tick(loop.time() + 1, 0)
+        broker.tick(loop.time() + 10, 0)
+        await until(lambda: listener.connections == 0)
+    await listeners.close_all()
+
+
+async def test_p06_the_largest_connect_there_may_be_fits(client: Client, engine: Engine) -> None:
+    channel = await engine.channel()
+    connect = b"\x10\x80\x80\x04" + bytes(65_536)
+    await client.send(frame(connect[:1]) + frame(connect[1:]))
+    await channel.until(lambda: len(channel.received) == len(connect))
 
 
 async def test_a_large_frame_waits_for_the_login_and_then_arrives(client: Client, engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -343,3 +344,63 @@ def test_the_page_names_the_slot_that_was_entered_last_and_not_left() -> None:
     with page.marker(None), page.marker(1 << 20):
         assert page.last() is None
     page.close()
+
+
+async def test_the_lanes_of_a_sink_are_spread_over_the_processes(rig: Rig) -> None:
+    await rig.apply(rig.instance("a", lanes=5), rig.instance("b"), processes=2)
+    await rig.running("a", "b")
+    pids = rig.supervisor.pids()
+    assert rig.status("a")["worker"] == "1,2"
+    assert rig.status("a")["pid"] == [pids["1"], pids["2"]]
+    assert rig.status("a")["lanes"] == 5
+    for lane in range(5):
+        rig.broker.deliver(f"isthmus/a/{lane}", "a", str(lane).encode())
+        await rig.broker.until_answered(f"isthmus/a/{lane}")
+    await until(lambda: rig.status("a")["acked"] == 5, 5)
+    assert sorted(rig.written("a")) == [b"0", b"1", b"2", b"3", b"4"]
+    assert [rig.broker.session(f"isthmus/a/{lane}").connects for lane in range(5)] == [1] * 5, "each in one worker"
+
+
+async def test_a_death_touches_only_the_lanes_of_its_worker(rig: Rig) -> None:
+    await rig.apply(rig.instance("a", lanes=4), processes=2)
+    await rig.running("a")
+    victim = rig.supervisor.pids()["1"]
+    assert victim is not None
+    os.kill(victim, signal.SIGKILL)
+    await until(lambda: rig.status("a")["state"] == "connecting", 5)
+    await rig.running("a")
+    assert [rig.broker.session(f"isthmus/a/{lane}").connects for lane in range(4)] == [2, 1, 2, 1]
+
+
+async def test_lanes_that_move_are_never_in_two_workers(rig: Rig) -> None:
+    instance = rig.instance("a", lanes=4)
+    await rig.apply(instance, processes=2)
+    await rig.running("a")
+    await rig.apply(instance, processes=3)
+    await until(lambda: rig.status("a")["worker"] == "1,2,3" and rig.status("a")["state"] == "running", 20)
+    await rig.apply(instance, processes=1)
+    await until(lambda: rig.status("a")["worker"] == "1" and rig.status("a")["state"] == "running", 20)
+    await until(lambda: rig.status("a")["lanes"] == 4, 5)
+    connects = [rig.broker.session(f"isthmus/a/{lane}").connects for lane in range(4)]
+    assert max(connects) <= 3, f"no two workers took a lane from each other in turns: {connects}"
+
+
+async def test_the_lanes_of_a_destination_with_one_writer_stay_together(rig: Rig) -> None:
+    instance = rig.instance("a", lanes=4)
+    alone = dataclasses.replace(instance, backend=dataclasses.replace(instance.backend, one_process=True))
+    await rig.apply(alone, processes=2)
+    await rig.running("a")
+    assert rig.status("a")["worker"] == "1"
+    assert rig.status("a")["lanes"] == 4
+
+
+async def test_a_pause_holds_every_part_of_a_sink(rig: Rig) -> None:
+    await rig.apply(rig.instance("a", lanes=2), processes=2)
+    await rig.running("a")
+    await rig.supervisor.pause("a")
+    for lane in (0, 1):
+        rig.broker.deliver(f"isthmus/a/{lane}", "a", b"x")
+    await until(lambda: rig.status("a").get("in_flight") == 2, 10)
+    assert rig.written("a") == []
+    await rig.supervisor.resume("a")
+    await until(lambda: rig.status("a")["acked"] == 2, 10)

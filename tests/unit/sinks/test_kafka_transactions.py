@@ -12,8 +12,9 @@ from aiokafka import errors
 
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record
 from sinks._kafka_layout import Layout
-from sinks._kafka_notes import Notes, decode, encode
+from sinks._kafka_notes import Note, Notes, decode, encode
 from sinks._kafka_transactions import Transactions
+from sinks._kafka_unfinished import Unfinished
 from sinks.kafka import Kafka, KafkaConfig
 from tests.unit.sinks.test_kafka_delivery import Cluster, Producer, poison, records, stored
 
@@ -36,7 +37,7 @@ class Transactional(Producer):
         if topic == "t":
             return await super().send_batch(batch, topic, partition=partition)
         [note] = self._open.pop(batch)
-        self._note = decode(note)
+        self._note = decode(note).ids
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done
@@ -71,11 +72,21 @@ class Noted(Cluster):
 
 @pytest.fixture(autouse=True)
 def _read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notes are those of the producers, and every transaction has its ends."""
+
     async def read(notes: Notes, producer: Any) -> list[str]:
         found = notes._cluster.notes  # type: ignore[attr-defined]
         return list(found[-1]) if found else []
 
+    async def last(notes: Notes, producer: Any) -> None:
+        return None
+
+    async def find(unfinished: Unfinished, producer: Any, places: Any) -> dict[Any, int]:
+        return {}
+
     monkeypatch.setattr(Notes, "read", read)
+    monkeypatch.setattr(Notes, "last", last)
+    monkeypatch.setattr(Unfinished, "_find", find)
 
 
 def opened(cluster: Noted, timeout: float = 5) -> Transactions:
@@ -90,11 +101,11 @@ def ids(*numbers: int) -> list[str]:
 
 
 def test_a_note_is_read_as_it_was_written_and_foreign_ones_are_none():
-    some = [os.urandom(16).hex() for _ in range(1000)]
+    some = Note([os.urandom(16).hex() for _ in range(1000)], {("t", 0): 7, ("other", 31): 1 << 40})
     assert decode(encode(some)) == some
-    assert decode(encode([])) == []
-    for foreign in (b"", b"\x02" + bytes(16), encode(some)[:-1], b'{"offset": 7}'):
-        assert decode(foreign) == []
+    assert decode(encode(Note())) == Note()
+    for foreign in (b"", b"\x02" + bytes(16), b"\x01" + bytes(16), encode(some)[:-1], b'{"offset": 7}', bytes(3), b"\x02" + bytes(20)):
+        assert decode(foreign) == Note()
 
 
 async def test_a_note_holds_this_write_and_the_one_before():

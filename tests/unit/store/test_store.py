@@ -192,7 +192,8 @@ def test_flush_writes_through_with_one_call_for_a_commit(folder: Path, monkeypat
 def test_interval_flushes_as_often_as_it_says_and_only_what_is_new(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(folder, durability="interval", interval=0.1) as run:
+    # in one segment: the end of one is a flush, too
+    with running(folder, durability="interval", interval=0.1, segment_bytes=1 << 24) as run:
         flushes = Calls(monkeypatch, "fdatasync")
         began = time.monotonic()
         while time.monotonic() < began + 0.55:

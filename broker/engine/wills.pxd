@@ -1,0 +1,1 @@
+# No C types, as in engine.pxd.
