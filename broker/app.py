@@ -172,6 +172,7 @@ class Broker:
         self._tick()
         self._watch_memory()
         gc.collect()
+        memory.give_back()  # what reading a long journal took
         gc.freeze()
         window = LOSS[settings.broker.durability].format(interval=settings.store.interval)
         log.info("broker %s is up; %s", settings.broker.name, window)

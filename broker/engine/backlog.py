@@ -53,16 +53,33 @@ class Backlog:
         if len(target) >= 2 * CHUNK * STRIDE:
             self._spill()
 
+    def fill(self, entries: "array[int]") -> None:
+        """Begin with these, three numbers each and in order; the array is this object's from now on."""
+        last = len(entries) - 2 * CHUNK * STRIDE
+        if last <= 2 * CHUNK * STRIDE:
+            self._head = entries
+            return
+        self._head = entries[: CHUNK * STRIDE]
+        self._tail = array("Q")
+        at = CHUNK * STRIDE
+        while at < last:
+            self._write(entries[at : at + CHUNK * STRIDE])
+            at += CHUNK * STRIDE
+        self._tail = entries[at:]
+
     def _spill(self) -> None:
         if self._tail is None:
             self._tail = array("Q")
             return
+        self._write(self._tail[: CHUNK * STRIDE])
+        self._tail = self._tail[CHUNK * STRIDE :]
+
+    def _write(self, full: "array[int]") -> None:
+        """One chunk behind the others."""
         if self._file is None:
             self._file = self._scratch()
-        full = self._tail[: CHUNK * STRIDE]
         self._file.seek(self._end)
         self._file.write(full.tobytes())
-        self._tail = self._tail[CHUNK * STRIDE :]
         if self._chunks is None:
             self._chunks = deque()
         self._chunks.append((self._end, full[0]))

@@ -265,6 +265,8 @@ class Engine:
             journal.snapshot(session.spool)
         else:
             session.note_life(True)
+            if session.spool.waiting:  # sent before that is on disk, a crash would repeat it without DUP
+                session.spool.pause()
 
     def _welcome(self, channel: Channel, session: Session, connack: bytes) -> None:
         """CONNACK, and what waits for the client."""
@@ -358,6 +360,7 @@ class Engine:
     def _let_go(self, channel: Channel, session: Session, why: int | str) -> None:
         core = self.core
         session.detach()
+        self.subscriptions.owed.hung_up(session)
         if core.observer is not None:
             core.observer.disconnected(channel, why)
         if channel.graceful:
@@ -425,6 +428,7 @@ class Engine:
         for timer in (session.timers or {}).values():
             timer.cancel()
         session.timers = None
+        self.subscriptions.owed.forget(session)
         groups = [s.group for s in session.subscriptions or () if isinstance(s.group, ShareGroup)]
         for subscription in session.subscriptions or ():
             self.subscriptions.drop(subscription)
@@ -617,6 +621,7 @@ class Engine:
         self.timers.run(now, self._failed)
         if core.journal is not None:
             self._try(core.journal.pace.look, now)
+            self._try(self.subscriptions.owed.look)
             try:
                 self.legacies.go_on()
             except Exception as error:
@@ -672,6 +677,7 @@ class Engine:
         self.core.journal = journal
         journal.retained = self.retained_store
         journal.heirs = self.legacies.give
+        journal.owed = self.subscriptions.owed.fields
         self.retained_store.removed = journal.retained_expired
 
     def _look_at(self, channel: Channel, now: float) -> None:

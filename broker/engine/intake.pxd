@@ -15,6 +15,7 @@ cdef class Intake:
     cdef public unsigned int next_number
     cdef public object retained
     cdef public object heirs
+    cdef public object owed
     cdef public dict ending
     cdef public dict _value_segments
     cdef public long long _origin_clock

@@ -58,6 +58,8 @@ class Intake:
         """The store of retained messages."""
         self.heirs: Callable[[Message, int], bool] | None = None
         """Gives a message to a member of the `$share` group with this mark; False when none takes it."""
+        self.owed: Callable[[Any], dict[str, Any]] | None = None
+        """What a session's snapshot is to say of the retained messages it is owed."""
         self.ending: dict[str, int] = {}
         """Client ids whose session is over, but not on disk yet."""
         self._value_segments: dict[bytes, int] = {}
@@ -357,7 +359,7 @@ class Intake:
         """Give a message that was read back to another member of the `$share` group it came through. False when there
         is none that takes it, or QoS 2 may have been sent; else the session's own copy may be forgotten at once: one
         record says both."""
-        if taker.qos == 2 and seq < spool.again_below:
+        if taker.qos == 2 and seq < spool.held_below:
             return False
         if not taker.group or self.heirs is None or not self.heirs(message, taker.group):
             return False

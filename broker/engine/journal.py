@@ -398,6 +398,8 @@ class Journal(Intake):
         fields["marks"] = sorted(spool.marks) if spool.marks else []
         if spool.over:
             fields["over"] = True
+        elif self.owed is not None:
+            fields |= self.owed(session)
         return records.encode_json(records.META, spool.number, fields)
 
     # reading back ---------------------------------------------------------------------------------------------

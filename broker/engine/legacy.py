@@ -116,7 +116,7 @@ class Legacies:
         core = self.core
         spool = session.spool
         assert spool is not None
-        if not taker.group or (taker.qos == 2 and seq < spool.again_below):
+        if not taker.group or (taker.qos == 2 and seq < spool.held_below):
             return True
         if message.expires != 0 and message.expires <= core.now:
             core.drop("expired", 1, session)

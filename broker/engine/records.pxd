@@ -26,3 +26,5 @@ cpdef Message decode_message(bytes payload, double now, long long clock_ms, dict
 cpdef tuple put_fields(bytes payload)
 @cython.locals(at=Py_ssize_t, n=Py_ssize_t, size=Py_ssize_t, bits=int)
 cpdef tuple put_topic(bytes payload)
+@cython.locals(value="unsigned long long")
+cpdef unsigned long long number_at(const unsigned char *data, Py_ssize_t at, Py_ssize_t size)

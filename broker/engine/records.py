@@ -19,6 +19,7 @@ META = 2
 """A session as a whole; what later records say of it counts on top."""
 END = 3
 SUBSCRIBED = 4
+"""One subscription. `owed`: retained messages that came up to this moment are still to be sent; see `owed.py`."""
 UNSUBSCRIBED = 5
 ACKED = 6
 """Everything of a session below a sequence number is done, and single ones above it."""
@@ -234,6 +235,15 @@ def _arrival(flags: int, arrival: int, ident: bytes) -> tuple[int, int]:
     return (int.from_bytes(ident[:6], "big"), arrival) if flags & CLOCKED else (arrival, 0)
 
 
+def number_at(data: bytes, at: int, size: int) -> int:
+    """The little-endian number in these bytes, which must be there: compiled, nobody looks."""
+    value = 0
+    while size:
+        size -= 1
+        value = value << 8 | data[at + size]
+    return value
+
+
 def put_fields(payload: bytes) -> tuple[int, tuple[int, int], int, int, int]:
     """(flags, arrival in ms by the wall clock and by the store's, expiry in ms, publishing session, its QoS 2
     identifier) of a PUT. Raises RecordError."""
@@ -242,6 +252,11 @@ def put_fields(payload: bytes) -> tuple[int, tuple[int, int], int, int, int]:
     except struct.error as error:
         raise RecordError(f"a message cannot be read: {error}") from None
     return fields[0], _arrival(fields[0], fields[2], fields[6]), fields[3], fields[4], fields[5]
+
+
+def put_ident(payload: bytes) -> bytes:
+    """The message id of a PUT whose fields could be read."""
+    return payload[24:40]
 
 
 def put_topic(payload: bytes) -> tuple[bytes, int]:
@@ -256,7 +271,7 @@ def put_topic(payload: bytes) -> tuple[bytes, int]:
             if bits & TAKER_GROUP:
                 at += 4
         n = payload[42] | payload[43] << 8
-        size = len(payload) - at - (payload[44] | payload[45] << 8)
+        size = len(payload) - at - int.from_bytes(payload[44:48], "little")
         if size < n:
             raise RecordError("a topic does not fit its record")
         return payload[at : at + n], size

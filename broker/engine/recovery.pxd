@@ -1,5 +1,5 @@
 cimport cython
-from broker.engine.records cimport Taker
+from broker.engine.records cimport number_at
 
 
 @cython.final
@@ -15,6 +15,7 @@ cdef class Found:
     cdef public unsigned int segment
     cdef public bint over
     cdef public bint left_share
+    cdef public dict owed
 
     @cython.locals(floor="long long", seq="long long", last="long long", at=Py_ssize_t, ascending=bint, done=set, released=set)
     cpdef object alive(self)
@@ -31,5 +32,15 @@ cdef class Recovery:
 
     cpdef Found _session(self, unsigned int number)
     cpdef _one(self, object position, int kind, bytes payload)
-    @cython.locals(taker=Taker, found=Found, flags=int)
+    @cython.locals(at=Py_ssize_t, end=Py_ssize_t, size=Py_ssize_t, kind=int)
+    cpdef read(self, object segment, object offset, bytes body)
+    @cython.locals(
+        data="const unsigned char *", at=Py_ssize_t, end=Py_ssize_t, start=Py_ssize_t, after=Py_ssize_t, size=Py_ssize_t,
+        length=Py_ssize_t, count=int, bits=int, flags=int, number="unsigned int", publisher="unsigned int",
+        seq="long long", clock_ms="unsigned long long", both="unsigned long long", found=Found,
+    )
     cpdef _put(self, object position, bytes payload)
+
+
+@cython.locals(at=Py_ssize_t, size=longlong, count=longlong, segment="unsigned long long", here="unsigned long long", both="unsigned long long")
+cpdef long long _weigh(object alive, dict live, long long now)

@@ -11,6 +11,7 @@ import logging
 from array import array
 from base64 import b64decode
 from collections.abc import Callable, Iterable
+from operator import lt
 from typing import Any
 
 from broker.engine import records
@@ -18,6 +19,19 @@ from broker.engine.backlog import Backlog
 from broker.engine.inflight import FREE, RELEASED, Inflight
 from broker.engine.journal import Journal, restored
 from broker.engine.message import Message, Origin
+from broker.engine.owed import Debt
+from broker.engine.records import (
+    CLOCKED,
+    HEADER,
+    LAST_SEQ,
+    PUT,
+    PUT_FIXED,
+    RETAINED,
+    TAKER_GROUP,
+    TAKER_IDENTS,
+    TAKER_MOVED,
+    number_at,
+)
 from broker.engine.session import NEVER, Session
 from broker.engine.spool import Spool
 from broker.engine.topics import split_share, valid_filter, valid_name
@@ -25,6 +39,8 @@ from broker.engine.topics import split_share, valid_filter, valid_name
 log = logging.getLogger(__name__)
 
 IDENTIFIERS = 65_535
+TAKER = 13
+"""Bytes of a receiver in a PUT, without its extras."""
 REPORTED = 10
 """Bad records named in the log one by one."""
 
@@ -46,10 +62,23 @@ class Found:
         self.over = False
         """It had ended, and its messages were being given to others."""
         self.left_share = False
+        self.owed: dict[str, Debt] | None = None
+
+    def owe(self, filter: str, debt: Debt | None) -> None:
+        """Retained messages are owed for this subscription, or no more."""
+        if debt is not None:
+            if self.owed is None:
+                self.owed = {}
+            self.owed[filter] = debt
+        elif self.owed is not None:
+            self.owed.pop(filter, None)
 
     def alive(self) -> "array[int]":
         """The entries nobody has acknowledged, ascending; of one that was copied, the newest place."""
         entries, floor, done, released = self.entries, self.floor, self.done, self.released
+        seqs = entries[::3]
+        if seqs and seqs[0] >= floor and not done and not released and all(map(lt, seqs, seqs[1:])):
+            return entries
         kept = array("Q")
         last = 0
         ascending = True
@@ -60,9 +89,7 @@ class Found:
             if seq <= last:
                 ascending = False
             last = seq
-            kept.append(seq)
-            kept.append(entries[at + 1])
-            kept.append(entries[at + 2])
+            kept.extend(entries[at : at + 3])
         if ascending:
             return kept
         newest = {kept[at]: at for at in range(0, len(kept), 3)}
@@ -89,14 +116,21 @@ class Recovery:
     def read(self, segment: int, offset: int, body: bytes) -> None:
         """One frame: where its body begins, and the body."""
         base = segment << 32 | offset
-        try:
-            for at, kind, payload in records.iterate(body):
-                try:
-                    self._one(base + at, kind, payload)
-                except (KeyError, OverflowError, TypeError, ValueError) as error:  # RecordError is a ValueError
-                    self._reject(base + at, kind, error)
-        except records.RecordError as error:
-            self._reject(base, 0, error)
+        at = 0
+        end = len(body)
+        while at < end:
+            size = HEADER
+            if at + size <= end:
+                size += number_at(body, at + 1, 4)
+            if at + size > end:
+                self._reject(base + at, 0, records.RecordError("a record is cut off or longer than its frame"))
+                return
+            kind = body[at]
+            try:
+                self._one(base + at, kind, body[at + HEADER : at + size])
+            except (KeyError, OverflowError, TypeError, ValueError) as error:  # RecordError is a ValueError
+                self._reject(base + at, kind, error)
+            at += size
 
     def _reject(self, position: int, kind: int, error: Exception) -> None:
         self.bad += 1
@@ -119,7 +153,7 @@ class Recovery:
         return found
 
     def _one(self, position: int, kind: int, payload: bytes) -> None:
-        if kind == records.PUT:
+        if kind == PUT:
             self._put(position, payload)
         elif kind == records.ACKED:
             number, floor, seqs = records.decode_acked(payload)
@@ -145,11 +179,15 @@ class Recovery:
         elif kind == records.SUBSCRIBED:
             number, fields = records.decode_json(payload)
             subscription = _subscription(fields["sub"])
-            self._session(number).subscriptions[subscription[0]] = subscription
+            until = _moment(fields.get("owed", 0))
+            found = self._session(number)
+            found.subscriptions[subscription[0]] = subscription
+            found.owe(subscription[0], Debt(until) if until else None)
         elif kind == records.UNSUBSCRIBED:
             found = self._session(records.decode_session(payload))
             filter = payload[4:].decode()
             found.subscriptions.pop(filter, None)
+            found.owe(filter, None)
             if filter.startswith("$share/"):
                 found.left_share = True
         elif kind == records.FREED:
@@ -172,22 +210,60 @@ class Recovery:
             raise records.RecordError(f"kind {kind} is not known")
 
     def _put(self, position: int, payload: bytes) -> None:
-        flags, (_, clock_ms), _, publisher, ident = records.put_fields(payload)
-        topic, size = records.put_topic(payload)
-        for taker in records.decode_all_takers(payload):
-            if taker.session in self.ended:
+        """One message: who must get it, and what it means for its publisher and its topic. There may be millions of
+        them, so they are not made objects: see `records.encode_put` for what is where."""
+        data = payload
+        end = len(payload)
+        at = start = PUT_FIXED
+        if end < start:
+            raise records.RecordError("a message cannot be read: it is too short")
+        count = number_at(data, 40, 2)
+        for _ in range(count):  # before anything is believed
+            if at + TAKER > end:
+                raise records.RecordError("the receivers of a message cannot be read")
+            bits = data[at + 12]
+            if number_at(data, at + 4, 8) > LAST_SEQ:
+                raise records.RecordError("an impossible sequence number")
+            at += TAKER
+            if bits & TAKER_IDENTS:
+                at += 1 + 4 * (data[at] if at < end else 0)
+            if bits & TAKER_GROUP:
+                at += 4
+        length = number_at(data, 42, 2)
+        size = end - at - number_at(data, 44, 4)
+        if size < length:
+            raise records.RecordError("a topic does not fit its record")
+        flags = data[0]
+        clock_ms = number_at(data, 2, 8) if flags & CLOCKED else 0
+        both = size << 32 | (clock_ms + 999) // 1000 & 0xFFFFFFFF
+        after = at
+        at = start
+        for _ in range(count):
+            number = number_at(data, at, 4)
+            seq = number_at(data, at + 4, 8)
+            bits = data[at + 12]
+            at += TAKER
+            if bits & TAKER_IDENTS:
+                at += 1 + 4 * data[at]
+            if bits & TAKER_GROUP:
+                at += 4
+            if number in self.ended:
                 continue
-            found = self._session(taker.session)
-            if taker.seq >= found.next_seq:
-                found.next_seq = taker.seq + 1
-            if taker.moved:
-                found.done.add(taker.seq)
-            elif taker.seq >= found.floor and taker.seq not in found.done and taker.seq not in found.released:
-                found.entries.extend((taker.seq, position, size << 32 | (clock_ms + 999) // 1000 & 0xFFFFFFFF))
+            found = self._session(number)
+            if seq >= found.next_seq:
+                found.next_seq = seq + 1
+            if found.owed:
+                for debt in found.owed.values():
+                    debt.had.add(records.put_ident(payload))
+            if bits & TAKER_MOVED:
+                found.done.add(seq)
+            elif seq >= found.floor and seq not in found.done and seq not in found.released:
+                found.entries.extend((seq, position, both))
+        publisher = number_at(data, 18, 4)
         if publisher and publisher not in self.ended:
-            self._session(publisher).marks.add(ident)
-        if flags & records.RETAINED:
-            self.retained[topic] = (position, payload)
+            self._session(publisher).marks.add(number_at(data, 22, 2))
+        if flags & RETAINED:
+            self.retained[payload[after : after + length]] = (position, payload)
 
     def _snapshot(self, position: int, payload: bytes) -> None:
         number, fields = records.decode_json(payload)
@@ -205,6 +281,7 @@ class Recovery:
         released = _numbers(fields["rel"])
         marks = _numbers(fields["marks"], IDENTIFIERS)
         subscriptions = {entry[0]: _subscription(entry) for entry in fields["subs"]}
+        owed = _debts(fields)
         found = self._session(number)
         # a message whose first copy was dropped with its segment may come again behind this record: it says who is done
         done = {seq for seq in range(floor, sent) if seq not in unacknowledged and seq not in released}
@@ -218,6 +295,7 @@ class Recovery:
         found.segment = position >> 32
         found.over = bool(fields.get("over"))
         found.left_share = bool(fields.get("ls"))
+        found.owed = owed
 
     # putting it in place --------------------------------------------------------------------------------------
 
@@ -261,6 +339,9 @@ class Recovery:
                 live[position >> 32] = live.get(position >> 32, 0) + 1
             else:
                 engine.core.drop("retained_full")
+        for number, found in self.sessions.items():
+            if found.owed and number in journal.spools and not found.over:
+                engine.subscriptions.owed.restore(journal.spools[number].session, found.owed)
 
     def _install_session(self, engine: Any, journal: Journal, number: int, found: Found, clock: int) -> None:
         fields = found.fields
@@ -325,11 +406,14 @@ class Recovery:
         newest = max(alive[-3] if alive else 0, released[-1] if released else 0)
         spool.next_seq = max(found.next_seq, floor, newest + 1)
         spool.floor = spool.sent = min(list(alive[:1]) + released[:1] + [spool.next_seq])
-        # nobody knows which of these the client has got already, at most as many as its window takes
-        spool.again_below = alive[3 * (min(len(alive) // 3, session.window) - 1)] + 1 if alive else 0
+        # nobody knows which of these the client has got already: what it acknowledged last may not be on disk. Of QoS 2
+        # it has at most as many as its window takes, because PUBREL waits for the disk
+        spool.again_below = spool.next_seq if alive else 0
+        spool.held_below = alive[3 * (min(len(alive) // 3, session.window) - 1)] + 1 if alive else 0
         assert found.fields is not None
         if not found.fields["on"]:  # what came when the client was gone it has not got
             spool.again_below = min(spool.again_below, found.fields.get("a", spool.again_below))
+            spool.held_below = min(spool.held_below, spool.again_below)
         if released:
             inflight = session.inflight = Inflight()
             for seq in released:
@@ -339,16 +423,30 @@ class Recovery:
             if not alive:
                 spool.sent = spool.next_seq
         if alive:
-            backlog = spool.backlog = Backlog(journal.scratch)
-            live = journal.live
-            now = journal.clock_ms() // 1000 + 1
-            for at in range(0, len(alive), 3):
-                position, both = alive[at + 1], alive[at + 2]
-                backlog.append(alive[at], position, both >> 32, both & 0xFFFFFFFF or now)
-                session.queue_bytes += both >> 32
-                live[position >> 32] = live.get(position >> 32, 0) + 1
+            session.queue_bytes += _weigh(alive, journal.live, journal.clock_ms() // 1000 + 1)
             self.queued += len(alive) // 3
+            spool.backlog = Backlog(journal.scratch)
+            spool.backlog.fill(alive)
         found.entries = array("Q")
+
+
+def _weigh(alive: "array[int]", live: dict[int, int], now: int) -> int:
+    """The bytes of these messages. Their records are counted in `live`; those without a time of arrival get `now`: they
+    are of an older release, and their age counts from now on."""
+    size = count = 0
+    segment = alive[1] >> 32
+    for at in range(1, len(alive), 3):
+        here = alive[at] >> 32
+        if here != segment:
+            live[segment] = live.get(segment, 0) + count
+            segment, count = here, 0
+        count += 1
+        both = alive[at + 1]
+        size += both >> 32
+        if not both & 0xFFFFFFFF:
+            alive[at + 1] = both | now
+    live[segment] = live.get(segment, 0) + count
+    return size
 
 
 def _will(fields: dict[str, Any] | None, journal: Journal) -> tuple[Message, float, float] | None:
@@ -397,6 +495,21 @@ def _numbers(found: Any, highest: int = records.LAST_SEQ) -> set[int]:
     if not isinstance(found, list) or not all(type(n) is int and 0 < n <= highest for n in found):
         raise records.RecordError("a session with impossible numbers")
     return set(found)
+
+
+def _moment(found: Any) -> int:
+    """A moment of the store's clock, 0 for none, checked. Raises RecordError."""
+    if type(found) is not int or found < 0:
+        raise records.RecordError("a subscription of no time")
+    return found
+
+
+def _debts(fields: dict[str, Any]) -> dict[str, Debt] | None:
+    """Subscriptions whose retained messages had not all been sent, checked. Raises RecordError."""
+    if "owed" not in fields:
+        return None
+    left = {topic.encode() for topic in fields["left"]} if "left" in fields else None
+    return {filter: Debt(_moment(until), left) for filter, until in fields["owed"]}
 
 
 def _subscription(found: Any) -> list[Any]:

@@ -358,6 +358,8 @@ class Session(Queue):
         while retained and not box.congested:
             if self.inflight is not None and self.inflight.count >= self.window:
                 return
+            if self.spool is not None and self.core.journal.refusing:
+                return
             message, qos, idents = retained.popleft()
             if store.get(message.topic) is message:  # else a newer one has gone to the subscription itself
                 self.offer(message, qos, True, idents, None, None)
@@ -546,11 +548,18 @@ class Session(Queue):
         self.resend = None
         if self.spool is not None:
             self.spool.fold()
+        if self.retained is not None and self.spool is not None:  # `owed.py` sees to it that a restart keeps them
+            self.retained = deque(entry for entry in self.retained if entry[1]) or None
+            return
         if self.retained is not None and self.persistent:
-            for message, qos, idents in self.retained:
-                if qos:
-                    self.offer(message, qos, True, idents, None, None)
+            self.queue_retained()
         self.retained = None
+
+    def queue_retained(self) -> None:
+        """Let the retained messages of new subscriptions queue with the others."""
+        for message, qos, idents in self.retained or ():
+            if qos:
+                self.offer(message, qos, True, idents, None, None)
 
     def resume(self) -> None:
         """Send again what was in flight, in its order, then what queues. [MQTT-4.4.0-1] [MQTT-4.6.0-1]"""

@@ -40,6 +40,7 @@ cdef class Spool:
     cdef public long long sent
     cdef public long long floor
     cdef public long long again_below
+    cdef public long long held_below
     cdef public object backlog
     cdef public object tail
     cdef public list loading

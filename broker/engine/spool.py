@@ -126,6 +126,8 @@ class Spool:
         self.floor = 1
         self.again_below = 0
         """Messages below this number may have been sent before the last crash: they carry DUP."""
+        self.held_below = 0
+        """Of QoS 2 only those below this number may have been."""
         self.backlog: Any = None
         self.tail: Any = None
         self.loading: list[Any] | None = None
@@ -337,6 +339,16 @@ class Spool:
             return 0
         self.load()
         return len(self.loading or ())
+
+    def pause(self) -> None:
+        """Nothing of what waits is sent until everything noted so far is on disk, or turned out not to get there."""
+        self.paused = True
+        self.journal.after(lambda written: self._resume())
+
+    def _resume(self) -> None:
+        self.paused = False
+        if self.session.spool is self and self.session.outbox is not None:
+            self.session.drain()
 
     def load(self) -> None:
         """Read the next messages back from disk."""

@@ -14,6 +14,7 @@ from broker.engine.groups import ShareGroup
 from broker.engine.inbox import CLOSED, LIVE
 from broker.engine.legacy import Legacies
 from broker.engine.message import Message
+from broker.engine.owed import Owed
 from broker.engine.receiver import Subscription, filter_of
 from broker.engine.retained import Retained
 from broker.engine.rights import Rights
@@ -46,6 +47,7 @@ class Subscriptions:
         self.groups = groups
         self._unwritten: dict[Subscription, Subscription | None] = {}
         """Subscriptions not on disk yet, and the acknowledged ones they have replaced."""
+        self.owed = Owed(core, self)
 
     def subscribe(self, channel: Channel, session: Session, packet: Any) -> tuple[list[int], list[Any]]:
         """Handle SUBSCRIBE: the codes for SUBACK and the retained messages to send after it."""
@@ -95,10 +97,20 @@ class Subscriptions:
             self.restore(session, filter, older.qos, older.no_local, older.rap, older.ident)
             self._note(session, filter, older)
 
-    def _note(self, session: Session, filter: bytes, made: Subscription) -> None:
-        if session.spool is not None:
-            fields = {"sub": [filter.decode(), made.qos, bool(made.no_local), bool(made.rap), made.ident]}
-            self.core.journal.note(records.encode_json(records.SUBSCRIBED, session.spool.number, fields))
+    def _note(self, session: Session, filter: bytes, made: Subscription, owed: int = 0) -> None:
+        """The journal learns of a subscription, and up to which moment it is owed retained messages, if any."""
+        if session.spool is None:
+            return
+        fields: dict[str, Any] = {"sub": [filter.decode(), made.qos, bool(made.no_local), bool(made.rap), made.ident]}
+        if owed:
+            fields["owed"] = owed
+        self.core.journal.note(records.encode_json(records.SUBSCRIBED, session.spool.number, fields))
+
+    def paid(self, session: Session, filter: bytes) -> None:
+        """A subscription is owed no retained messages any more."""
+        found = self._find(session, filter)
+        if found is not None:
+            self._note(session, filter, found)
 
     def _subscribe_one(
         self,
@@ -150,12 +162,12 @@ class Subscriptions:
             if session.subscriptions is not None:
                 session.subscriptions.remove(old)
         made = known[filter] = self._add(session, target, key, qos, no_local, rap, ident)
-        self._note(session, filter, made)
-        if key is not None:
-            return qos, []
-        if handling == 2 or (handling == 1 and old is not None):  # [MQTT-3.3.1-10] [MQTT-3.3.1-11]
-            return qos, []
-        return qos, self.retained_for(session, target, qos, (ident,) if ident else None)
+        retained: list[Any] = []
+        if key is None and handling != 2 and (handling == 0 or old is None):  # [MQTT-3.3.1-10] [MQTT-3.3.1-11]
+            retained = self.retained_for(session, target, qos, (ident,) if ident else None)
+        owes = session.spool is not None and any(entry[1] for entry in retained)
+        self._note(session, filter, made, self.owed.promise(session, filter) if owes else 0)
+        return qos, retained
 
     def _add(
         self,
@@ -218,6 +230,13 @@ class Subscriptions:
                 continue
             found.append((message, min(message.qos, qos), idents))
         return found
+
+    def retained_of(self, session: Session, filter: bytes) -> list[Any]:
+        """The same for a subscription it has; none when it has no such."""
+        found = self._find(session, filter)
+        if found is None:
+            return []
+        return self.retained_for(session, found.filter, found.qos, (found.ident,) if found.ident else None)
 
     def _find(self, session: Session, filter: bytes) -> Subscription | None:
         for subscription in session.subscriptions or ():
@@ -292,6 +311,7 @@ class Subscriptions:
                 granted = [0x97 if channel.v5 else 0x80] * len(codes)
             if channel.state == LIVE:
                 channel.subscribed(session, subscribe.packet_id, granted, retained if written else [])
+            self.owed.answered(session, [filter for filter, _ in made])
 
         self.core.journal.after(answer)
 

@@ -24,6 +24,7 @@ def export_session(engine: Any, client_id: str) -> dict[str, Any]:
         session.channel.disconnect(0x9D)
         if client_id not in engine.sessions:
             raise KeyError(f"the session of {client_id!r} ended with its connection")
+    session.queue_retained()
     inflight = session.inflight
     state = {
         "format": FORMAT,

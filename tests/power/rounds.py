@@ -200,14 +200,16 @@ def survey(
     *,
     lie: bool = False,
     configuration: str = "",
+    window: float = 0.0,
     jobs: int = 2,
 ) -> Outcome:
-    """Rebuild every state, start the broker on it and compare; states that are fine are removed again."""
-    return asyncio.run(_survey(where, recording, chosen, lie, configuration, jobs))
+    """Rebuild every state, start the broker on it and compare; states that are fine are removed again. `window` is how
+    many seconds of promises the power cut may take."""
+    return asyncio.run(_survey(where, recording, chosen, lie, configuration, int(window * 1e9), jobs))
 
 
 async def _survey(
-    where: Path, recording: Recording, chosen: Sequence[Cut], lie: bool, configuration: str, jobs: int
+    where: Path, recording: Recording, chosen: Sequence[Cut], lie: bool, configuration: str, window: int, jobs: int
 ) -> Outcome:
     outcome = Outcome(recording)
     replay = Replay(recording.events, lie=lie)
@@ -216,7 +218,7 @@ async def _survey(
     async def look(machine: Machine, cut: Cut) -> None:
         try:
             at = recording.events[cut.at].time if cut.at < len(recording.events) else sys.maxsize
-            finding = await _read(machine, cut, recording.notes, at)
+            finding = await _read(machine, cut, recording.notes, at, window)
             outcome.found.append((cut, finding))
             if not finding:
                 shutil.rmtree(machine.where)
@@ -236,22 +238,22 @@ async def _survey(
     return outcome
 
 
-async def _read(machine: Machine, cut: Cut, notes: Notes, at: int) -> Finding:
+async def _read(machine: Machine, cut: Cut, notes: Notes, at: int, window: int) -> Finding:
     if cut.recovery:
         refused = await asyncio.to_thread(_cut_again, machine, cut)
         if refused:
             return Finding(notes.promises(at), refused=refused)
-    return await read(machine, notes, at)
+    return await read(machine, notes, at, window)
 
 
-async def read(machine: Machine, notes: Notes, at: int) -> Finding:
+async def read(machine: Machine, notes: Notes, at: int, window: int = 0) -> Finding:
     """Start the broker on what is there and compare; it is killed afterwards."""
     try:
         await asyncio.to_thread(machine.start)
     except RuntimeError as error:
         return Finding(notes.promises(at), refused=str(error))
     try:
-        return await verify(machine.url, notes, at)
+        return await verify(machine.url, notes, at, window)
     except Exception as error:
         return Finding(notes.promises(at), refused=f"{type(error).__name__}: {error}\n{machine.process.tail()}")
     finally:

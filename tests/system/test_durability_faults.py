@@ -107,6 +107,37 @@ async def test_d05_after_one_error_of_the_disk_nothing_more_is_acknowledged_and_
     assert report.acknowledged == 300
 
 
+async def test_a_disk_that_has_become_read_only_is_an_error_and_no_start_is_made_on_it(tmp_path: Path) -> None:
+    """As a kernel leaves a file system whose disk fails: reading goes on, nothing is acknowledged, nothing changed."""
+    ledger = Ledger()
+    calls = ("write", "open", "rename", "unlink", "ftruncate", "mkdir")
+    read_only = [f"erofs {call} 1! data/store" for call in calls]
+    with faulty(tmp_path) as (running, shim):
+        await keep(url(running), "kept", "data/#")
+        sender = await Sender(ledger, "device", "data/x").open(url(running))
+        await sender.many(100)
+        shim.inject(*read_only)
+        assert await offer(url(running), "data/x") == 0x83
+        await asyncio.to_thread(says, running, CANNOT_WRITE)
+        assert "Read-only file system" in running.log()
+        assert [await offer(url(running), "data/x", qos) for qos in (1, 2)] == [0x97, 0x97]
+        assert await says_live(url(running)) < 1 * PATIENCE
+        aside = Ledger()
+        assert await fetch(url(running), "kept", aside, acknowledge=False, quiet=0.5) == 100, "it can be read no more"
+        sender.close()
+        assert running.stop() == 1
+        before = {path: path.stat().st_mtime_ns for path in (running.data / "store").iterdir()}
+        assert "Read-only file system" in refused_start(running)
+        assert {path: path.stat().st_mtime_ns for path in (running.data / "store").iterdir()} == before
+        shim.inject()
+        intact(running)
+        running.start()
+        await fetch(url(running), "kept", ledger)
+    report = ledger.compare(redelivery=True)
+    assert not report.lost, report.problem()
+    assert report.acknowledged == 100
+
+
 # --- a full disk -----------------------------------------------------------------------------------------------------
 
 

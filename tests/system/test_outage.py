@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
@@ -64,6 +65,27 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
+async def canary_apart(to: str) -> AsyncIterator[list[float]]:
+    """Round trips of a canary on a loop of its own, as far as they are known: this loop plays the publisher."""
+    over = threading.Event()
+    trips: list[float] = []
+
+    async def sing() -> None:
+        canary = await Canary.open(to)
+        while not over.is_set():
+            await canary.sing(0.5)
+        trips.extend(canary.trips)
+        await canary.disconnect()
+
+    singing = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(sing())))
+    try:
+        yield trips
+    finally:
+        over.set()
+        await singing
+
+
+@contextlib.asynccontextmanager
 async def meanwhile(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run these coroutines until the block ends."""
     tasks = [asyncio.create_task(one) for one in work]
@@ -97,12 +119,11 @@ async def test_s01_t14_an_hour_without_the_sink_loses_nothing_and_costs_no_memor
         stream = await Stream([ledger], "device", "telemetry/x", 0).open(to)
         await push(stream, 5_000)
         await eventually(lambda: resilience.row_count(running) == 5_000, "the first rows", 30, 0.1)
-        canary = await Canary.open(to)
         worker = next(pid for pid in running.pids() if pid != running.pid)
         growth = Growth({"broker": running.pid, "worker": worker})
         with locked(running.where / "telemetry.db"):
             began = time.monotonic()
-            async with meanwhile(growth.watch(), canary.sing(3_600)):
+            async with canary_apart(to) as away, meanwhile(growth.watch()):
                 await push(stream, count)
             took = time.monotonic() - began
             status = (await command(running, "status"))["sinks"]["store"]
@@ -118,19 +139,20 @@ async def test_s01_t14_an_hour_without_the_sink_loses_nothing_and_costs_no_memor
             return bool((await command(running, "status"))["sinks"]["store"]["queued"] <= 100)
 
         stream.rate = 500
-        async with meanwhile(growth.watch(), canary.sing(3_600), stream.run(3_600)):
+        async with canary_apart(to) as back, meanwhile(growth.watch(), stream.run(3_600)):
             await eventually(gone, "the end of the backlog", 900, 0.1)
         took = time.monotonic() - began
         await stream.settle(60)
         print(f"drained in {took:.1f} s ({count / took:.0f}/s) beside {stream.sent - live} live messages; {growth}")
-        print(f"canary: {len(canary.trips)} trips, slowest {canary.slowest * 1000:.0f} ms")
+        slowest = {name: max(trips) for name, trips in (("away", away), ("back", back))}
+        print(f"canary: {len(away)} and {len(back)} trips, slowest {slowest} s")
         print(f"{store_bytes(running) >> 20} MiB of store at the end")
         await eventually(lambda: resilience.row_count(running) >= stream.acknowledged, "every row", 60, 0.2)
         resilience.fill(ledger, await asyncio.to_thread(resilience.rows, running))
         report = ledger.check()
         assert report.acknowledged == stream.sent >= count + 5_000
         assert max(growth.most.values()) <= GROWTH, growth
-        assert canary.slowest <= 1 * PATIENCE
+        assert max(slowest.values()) <= SLOWEST
         assert count / took >= 2_500 / PATIENCE
 
 

@@ -25,7 +25,7 @@ from tests.power.load import Notes
 from tests.power.record import Event, Kind, Shim
 from tests.power.replay import Chance, Replay
 from tests.power.verify import verify
-from tests.servers import Absent, required
+from tests.servers import PATIENCE, Absent, required
 from tests.system.resilience import SOAK
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -327,6 +327,38 @@ def test_d04_a_disk_that_lies_makes_it_lose(recording: rounds.Recording, tmp_pat
     print(outcome.summary())
     assert outcome.lost or outcome.refused
     assert len(outcome.bad) == len(chosen)
+
+
+INTERVAL = 0.3
+LATE = 0.1 * PATIENCE
+"""Seconds the flush itself may take, and the thread that does it."""
+
+
+@pytest.mark.slow
+def test_d04_with_a_flush_now_and_then_only_the_last_moments_are_lost(shim: Path, tmp_path: Path) -> None:
+    """D-04: `durability = "interval"` loses nothing older than the window that the broker states at start."""
+    relaxed = f'[broker]\ndurability = "interval"\n[store]\ninterval = {INTERVAL}\n'
+    made = rounds.record(tmp_path / "run", seconds=3 if SOAK else 1.5, rate=150, seed=STATES, configuration=relaxed)
+    assert made.notes.promises(sys.maxsize) > 500
+    assert f"the last {INTERVAL:g} s (store.interval)" in (tmp_path / "run" / "log").read_text()
+    chosen = [cut for cut in rounds.cuts(made, STATES, seed=STATES) if cut.at < len(made.events)]
+    outcome = rounds.survey(tmp_path, made, chosen, configuration=relaxed, window=INTERVAL + LATE)
+    print(outcome.summary())
+    assert len(outcome.found) == len(chosen)
+    assert not outcome.problem(), outcome.problem()
+
+
+def test_d04_what_is_younger_than_the_flush_is_lost(shim: Path, tmp_path: Path) -> None:
+    """So the window above is not wider than it has to be: without one the same comparison finds losses."""
+    relaxed = f'[broker]\ndurability = "interval"\n[store]\ninterval = {INTERVAL}\n'
+    made = rounds.record(tmp_path / "run", seconds=1, rate=150, seed=1, configuration=relaxed)
+    syncs = [n for n, event in enumerate(made.events) if event.kind is Kind.SYNC and "store/0" in event.path]
+    assert syncs, "nothing was flushed"
+    # the seeds lose everything unsynced
+    chosen = [rounds.Cut(at, 0) for at in syncs[len(syncs) // 2 :][:2]]
+    outcome = rounds.survey(tmp_path, made, chosen, configuration=relaxed)
+    print(outcome.summary())
+    assert outcome.lost
 
 
 @pytest.mark.slow

@@ -218,6 +218,8 @@ class Peer:
             if packet.codes[0] < 0x80 and filter in self.possible:
                 self.granted[filter] = qos
                 self.certain = self.lasting
+                if qos and self.lasting:
+                    self.world.owe_retained(self, filter)
         elif kind == 11:
             what, filter, _ = self.asked.pop(packet.packet_id)
             assert what == "unsubscribe"
@@ -373,6 +375,8 @@ class World:
         self.sent: list[Sent] = []
         """All of them, and the removals of retained ones."""
         self.retained: dict[str, list[Op]] = {}
+        self.left: set[tuple[bytes, str, int]] = set()
+        """Retained messages that were promised with SUBACK: payload, client, life of its session."""
         self.got: dict[bytes, set[tuple[str, int]]] = {}
         self.possible: dict[bytes, set[tuple[str, int]]] = {}
         self.times: Counter[tuple[bytes, str, int]] = Counter()
@@ -448,6 +452,26 @@ class World:
             at = [op.sent for op in ops].index(sent) if any(op.sent is sent for op in ops) else 0
             self.retained[sent.topic] = [op for op in ops[:at] if op.sent.disturbed] + ops[at:]
 
+    def owe_retained(self, peer: Peer, filter: str) -> None:
+        """A subscription was acknowledged: its client gets what is certainly retained, unless something follows it."""
+        for topic, ops in self.retained.items():
+            if len(ops) != 1 or ops[0].clear or not matches(filter, topic):
+                continue
+            sent = ops[0].sent
+            if sent.state == "acked" and sent.qos and not sent.expires:
+                self.left.add((sent.payload, peer.name, peer.life))
+
+    def owed_retained(self) -> list[tuple[bytes, str]]:
+        """What is missing of it."""
+        return [
+            (payload, name)
+            for payload, name, life in self.left
+            if self.peers[name].life == life
+            and (name, life) not in self.got.get(payload, set())
+            and len(self.retained[self.messages[payload].topic]) == 1
+            and any(q and matches(f, self.messages[payload].topic) for f, q in self.peers[name].granted.items())
+        ]
+
     def release(self, name: str, life: int) -> None:
         """A session is over: nothing is owed to it."""
         for sent in self.messages.values():
@@ -482,6 +506,11 @@ class World:
         key = (payload, peer.name, peer.life)
         again = self.times[key] > 0
         self.times[key] += 1
+        plain = (
+            packet.qos and peer.lasting and not peer.privileged and not sent.retain and not sent.topic.startswith("s/")
+        )
+        if again and plain and sent.tries == 1:
+            assert packet.dup or self.torn, f"{payload!r} came again to {peer.name} without DUP"
         who = self.got.setdefault(payload, set())
         who.add((peer.name, peer.life))
         if peer.name in self.group:
@@ -669,6 +698,8 @@ class World:
             missing.extend((payload, who) for who in sent.owed - self.got.get(payload, set()))
         limited = sum(self.dropped[reason] for reason in LIMITS)
         assert len(missing) <= limited, f"lost: {missing}, dropped: {dict(self.dropped)}"
+        unsent = self.owed_retained()
+        assert len(unsent) <= limited + self.dropped["store_failed"], f"lost: {unsent}, dropped: {dict(self.dropped)}"
         for peer in self.peers.values():
             assert not peer.out, f"{peer.name} waits for answers about {list(peer.out)}"
             unreleased = [p for p in peer.taken.values() if p[:1] == b"m" and not self.messages[p].expires]

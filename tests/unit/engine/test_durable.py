@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -282,6 +283,35 @@ def test_what_queues_for_a_member_that_leaves_goes_to_another(bench: StoredBench
     assert [m[0] for m in got(resume(bench.restart(), "b"))] == [b"0", b"1", b"2"]
 
 
+@pytest.mark.parametrize("moment", range(8))
+def test_what_a_gone_member_had_in_flight_is_lost_at_no_moment(moment: int) -> None:
+    """P-79: three members, fifty in flight to the one that goes; the broker is killed while they move."""
+    bench = StoredBench(segment_bytes=1 << 20)
+    options: dict[str, Any] = {"version": 5, "session_expiry_interval": 1000, "receive_maximum": 200}
+    members = [subscribed(bench, f"m{n}", "$share/g/t", **options) for n in range(3)]
+    p = bench.client("p", version=5)
+    p.send(b"".join(publish("t", b"%d" % i, 1, i + 1, 5) for i in range(150)))
+    bench.commit()
+    had = [{m[0] for m in got(member)} for member in members]
+    assert [len(payloads) for payloads in had] == [50, 50, 50]
+    members[0].drop()
+    moved = [{m[0] for m in got(member)} for member in members[1:]]
+    for _ in range(moment):
+        if bench.store.commits:
+            bench.store.step()
+        elif bench.later:
+            bench.fire()
+        bench.settle()
+    again = bench.restart()
+    everything = {b"%d" % i for i in range(150)}
+    found = [{m[0] for m in got(resume(again, f"m{n}", **options))} for n in range(3)]
+    assert set().union(*found) == everything, "none is lost"
+    bench.commit()
+    assert set().union(*moved) | had[1] | had[2] == everything, "the others have them"
+    assert bench.engine.sessions["m0"].queued == 0
+    check(bench)
+
+
 # QoS 2 ------------------------------------------------------------------------------------------------------------
 
 
@@ -351,23 +381,25 @@ def test_a_late_commit_does_not_make_a_message_new(bench: StoredBench, version: 
     assert [m[0] for m in got(s)] == [b"m"]
 
 
-def test_a_takeover_between_pubrec_and_pubrel(bench: StoredBench) -> None:
-    """P-57: it completes once, on the new connection, a crash in between or not."""
-    s = subscribed(bench, "s", "t", qos=2)
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_takeover_between_pubrec_and_pubrel(bench: StoredBench, retain: bool) -> None:
+    """P-57: it completes once, on the new connection, a crash in between or not; QoS and retain stay as they were."""
+    s = subscribed(bench, "s", "t", qos=2 | 8, version=5, session_expiry_interval=1000)
     p = bench.client("p", clean=False)
     bench.commit()
-    p.publish("t", b"m", 2, ident=7)
+    p.publish("t", b"m", 2, ident=7, retain=retain)
     bench.commit()
     assert p.bytes().endswith(ack(PUBREC, 7))
     (m,) = s.take()
+    assert (m.qos, m.retain) == (2, retain)
     s.send(ack(PUBREC, m.packet_id))
     for again in (bench, bench.restart()):
-        p, s = resume(again, "p"), resume(again, "s")
+        p, s = resume(again, "p"), resume(again, "s", 5, session_expiry_interval=1000)
         p.take()
         again.commit()
         left = [x for x in s.take() if isinstance(x, packets.Publish)]
-        assert all(x.packet_id == m.packet_id and x.dup for x in left)
-        p.publish("t", b"m", 2, ident=7, dup=True)
+        assert all((x.packet_id, x.dup, x.qos, x.retain) == (m.packet_id, True, 2, retain) for x in left)
+        p.publish("t", b"m", 2, ident=7, dup=True, retain=retain)
         again.commit()
         assert p.bytes() == ack(PUBREC, 7)
         assert not got(s)
@@ -388,18 +420,53 @@ def test_the_same_identifier_again_and_again(bench: StoredBench) -> None:
     assert [m[0] for m in got(s)] == [b"0"]
 
 
-def test_identifiers_without_pubrel_are_bounded_for_5_and_not_for_3(bench: StoredBench) -> None:
-    """P-42, P-43"""
+def test_identifiers_without_pubrel_are_bounded_for_5_and_not_for_3() -> None:
+    """P-42, P-43: 5.0 has its Receive Maximum, 3.x every identifier, and a crash forgets none of them."""
+    bench = StoredBench(segment_bytes=1 << 20, max_queued_messages=100_000)
+    subscribed(bench, "s", "t", qos=2).drop()
     five = bench.client("five", version=5, session_expiry_interval=1000)
-    five.send(b"".join(publish("x", b"", 2, i, 5) for i in range(1, 1025)))
-    assert not five.closed
+    bench.commit()
     five.take()
-    five.send(publish("x", b"", 2, 1025, 5))
+    five.send(b"".join(publish("t", b"", 2, i, 5) for i in range(1, 1025)))
+    bench.commit()
+    assert [a.packet_id for a in five.take()] == list(range(1, 1025))
+    assert not five.closed
+    five.send(publish("t", b"", 2, 1025, 5))
     assert five.take()[-1].code == 0x93
+    assert five.closed
     four = bench.client("four", clean=False)
-    four.send(b"".join(publish("x", b"", 2, i) for i in range(1, 3000)))
-    assert four.bytes() == b"".join(ack(PUBREC, i) for i in range(1, 3000))
-    assert four.link.reading
+    bench.commit()
+    four.take()
+    for start in range(1, 65_536, 5_000):
+        some = range(start, min(start + 5_000, 65_536))
+        four.send(b"".join(publish("t", b"", 2, i) for i in some))
+        bench.commit()
+        assert four.bytes() == b"".join(ack(PUBREC, i) for i in some)
+        assert four.link.reading
+    for again in (bench, bench.restart()):
+        four = parts.resume(again, "four")
+        four.take()
+        some = range(1, 65_536, 97)
+        four.send(b"".join(publish("t", b"", 2, i, dup=True) for i in some))
+        again.commit()
+        assert four.bytes() == b"".join(ack(PUBREC, i) for i in some)
+        assert again.engine.sessions["s"].queued == 1024 + 65_535
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+def test_what_waits_for_the_disk_counts_for_the_receive_maximum(qos: int) -> None:
+    """P-43: PUBACK and PUBREC have not been sent, so the messages are unacknowledged."""
+    bench = StoredBench(segment_bytes=1 << 20, max_queued_messages=2000)
+    subscribed(bench, "s", "t", qos=qos).drop()
+    p = bench.client("p", version=5)
+    p.send(b"".join(publish("t", b"%d" % i, qos, i + 1, 5) for i in range(1024)))
+    assert not p.take()
+    assert not p.closed
+    p.send(publish("t", b"", qos, 1025, 5))
+    assert [a.code for a in p.take()] == [0x93]
+    assert p.closed
+    bench.commit()
+    assert bench.engine.sessions["s"].queued == 1024, "those that were within it"
 
 
 # acknowledgements of receivers ------------------------------------------------------------------------------------
@@ -423,17 +490,25 @@ def test_puback_and_the_end_of_the_connection_in_one_segment(bench: StoredBench)
     assert first[0] == b"1"
 
 
-def test_identifiers_are_not_used_again_inside_a_burst(bench: StoredBench) -> None:
-    """P-40"""
+def test_identifiers_are_not_used_again_inside_a_burst() -> None:
+    """P-40: acknowledgements in one read, the next delivery burst behind them; also where identifiers begin again."""
+    bench = StoredBench(segment_bytes=1 << 20, max_queued_messages=100_000)
     s = subscribed(bench, "s", "t")
     p = bench.client("p", version=5)
     seen: list[int] = []
-    for i in range(200):
-        p.publish("t", b"%d" % i, 1, ident=i + 1)
-        for m in s.take():
-            seen.append(m.packet_id)
-            s.send(ack(PUBACK, m.packet_id))
-    assert seen == list(range(1, 201))
+    for start in range(0, 66_000, 1000):
+        p.send(b"".join(publish("t", b"x", 1, i + 1, 5) for i in range(1000)))
+        for _ in range(200):
+            bench.commit()
+            burst = [m.packet_id for m in s.take() if isinstance(m, packets.Publish)]
+            seen += burst
+            if not burst:
+                break
+            # the first stays open while the others are acknowledged, in one read and in another order
+            s.send(b"".join(ack(PUBACK, ident) for ident in reversed(burst[1:])))
+            s.send(ack(PUBACK, burst[0]))
+        assert len(seen) == start + 1000
+    assert seen == [n % 65_535 + 1 for n in range(66_000)]
 
 
 def test_acknowledgements_leave_in_order_and_in_bulk(bench: StoredBench) -> None:
@@ -851,9 +926,26 @@ def test_a_bad_record_is_left_out_alone(bench: StoredBench, number: int) -> None
     assert [m[0] for m in got(resume(again, "s"))] == [b"1", b"2"]
 
 
-def test_client_ids_are_only_names(bench: StoredBench) -> None:
-    """D-24"""
-    names = ["a", "A", "a/../b", ".", "..", "a\\0", "%00", "ä", "x" * 256]
+LONGEST = "x" * 65_500
+
+
+def test_client_ids_are_only_names() -> None:
+    """D-24: whatever they hold and up to the longest there can be."""
+    names = [
+        "a",
+        "A",
+        "a/../b",
+        ".",
+        "..",
+        "a\\0",
+        "a\\u0000",
+        "%00",
+        "%2e%2e/b",
+        "ä",
+        LONGEST,
+        LONGEST[1:] + "y",
+    ]
+    bench = StoredBench(max_clientid_length=65_535)
     for name in names:
         subscribed(bench, name, f"t/{names.index(name)}").drop()
     p = bench.client("p")
@@ -864,24 +956,32 @@ def test_client_ids_are_only_names(bench: StoredBench) -> None:
     assert set(again.engine.sessions) == set(names)
     for i, name in enumerate(names):
         assert [m[0] for m in got(resume(again, name))] == [b"%d" % i]
+    assert again.client("x" * 65_535).closed, "with that a CONNECT is longer than 64 KiB"
+    assert not [name for name in again.engine.sessions if len(name) == 65_535]
 
 
 @pytest.mark.parametrize("frames", [0, 1, 3, 100])
 def test_a_commit_that_fails_half_way_tears_no_session(
     bench: StoredBench, monkeypatch: pytest.MonkeyPatch, frames: int
 ) -> None:
-    """D-25: each session is as before or as after."""
+    """D-25: a thousand sessions; each is as before or as after."""
     from broker.engine import journal
 
     monkeypatch.setattr(journal, "FRAME", 3000)
-    sessions = [subscribed(bench, f"s{i}", "old") for i in range(200)]
+    sessions = [
+        bench.client(f"s{i}", clean=False).send(packets.encode_subscribe(1, 4, [(b"old", 1)])) for i in range(1000)
+    ]
+    bench.commit()
+    assert all(s.take() for s in sessions)
     for s in sessions:
         s.channel.feed(packets.encode_subscribe(2, 4, [(b"old", 2), (b"new", 2)]))
     bench.settle()
     if not bench.store.commits:
         bench.fire()
     again = bench.restart(partial=frames)
-    assert len(again.engine.sessions) == 200
+    assert len(again.engine.sessions) == 1000
+    states = Counter(len(session.subscriptions or ()) for session in again.engine.sessions.values())
+    assert set(states) == ({1} if frames == 0 else {1, 2} if frames < 100 else {2}), states
     for session in again.engine.sessions.values():
         found = sorted((s.filter, s.qos) for s in session.subscriptions or ())
         assert found in ([(b"old", 1)], [(b"old", 2)], [(b"new", 2), (b"old", 2)])

@@ -351,6 +351,8 @@ def test_order_survives_a_connection_that_ends_while_its_queue_is_read(bench: St
             bench.commit()
     bench.commit()
     s = parts.resume(bench, "s")
+    bench.store.step()
+    bench.settle()
     bench.store.step_read()
     bench.settle()
     assert bench.store.reads, "more is being read while some queues"
@@ -376,6 +378,8 @@ def test_a_queue_dropped_while_it_is_read(bench: StoredBench) -> None:
         p.publish("t/1", b"%d" % i, 1, ident=i + 1)
     bench.commit()
     w = worker(bench)
+    bench.store.step()
+    bench.settle()
     assert bench.store.reads
     assert bench.engine.instances.drop_queue("x") == 20
     p.publish("t/1", b"new", 1, ident=99)

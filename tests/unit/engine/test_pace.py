@@ -108,8 +108,8 @@ def read(bench: StoredBench, seconds: float) -> int:
     count = 0
     client = bench.engine.sessions["s"].channel
     for _ in range(int(seconds / 0.01)):
-        while bench.store.reads:
-            bench.store.step_read()
+        while bench.store.commits or bench.store.reads:
+            (bench.store.step if bench.store.commits else bench.store.step_read)()
             bench.settle()
         inflight = bench.engine.sessions["s"].inflight
         for ident, *_ in inflight.entries() if inflight is not None else ():
