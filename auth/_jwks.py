@@ -88,6 +88,10 @@ class Keys:
             if algorithm in one.algorithms and (kid is None or one.kid is None or one.kid == kid)
         ]
 
+    def at_hand(self, kid: str | None, algorithm: str) -> list[VerifyKey] | None:
+        """The same; None when `find` has to be waited for."""
+        return self.match(kid, algorithm)
+
     async def find(self, kid: str | None, algorithm: str) -> list[VerifyKey]:
         """The same; may fetch."""
         return self.match(kid, algorithm)
@@ -122,23 +126,27 @@ class RemoteKeys(Keys):
         self._error = ""
         self.fetches = 0
 
-    async def find(self, kid: str | None, algorithm: str) -> list[VerifyKey]:
-        now = self._clock()
+    def at_hand(self, kid: str | None, algorithm: str) -> list[VerifyKey] | None:
+        """Those that are known serve although they are to be fetched again, which is begun here."""
         if not len(self):
-            if self._task is None and now - self._tried >= RETRY:
-                self._start()
-            await self._done()
-            if not len(self):
-                raise BackendUnavailable(f"there are no keys: {self._error}")
-            return self.match(kid, algorithm)
+            return None
+        now = self._clock()
         if now - self._fetched >= self._refresh and now - self._tried >= min(REFETCH, self._refresh):
             self._start()
         found = self.match(kid, algorithm)
         if found or kid is None:
             return found
-        if now - self._tried >= REFETCH:
+        return None if self._task is not None or now - self._tried >= REFETCH else found
+
+    async def find(self, kid: str | None, algorithm: str) -> list[VerifyKey]:
+        found = self.at_hand(kid, algorithm)
+        if found is not None:
+            return found
+        if self._clock() - self._tried >= (REFETCH if len(self) else RETRY):
             self._start()
         await self._done()
+        if not len(self):
+            raise BackendUnavailable(f"there are no keys: {self._error}")
         return self.match(kid, algorithm)
 
     async def check(self) -> None:

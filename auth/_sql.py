@@ -137,6 +137,7 @@ class SqlAuth:
         self._config = config
         self._database = database
         self._statements = config.statements()
+        self._name = f"auth.{config.name}"
         self._verifier = Verifier(min(config.pool, 4))
         self._sample: Hash = config.password_hash.sample()
         authorize = self._statements.get("authorize")
@@ -258,12 +259,12 @@ class SqlAuth:
             for rule in record_rules(
                 self._record(dict(zip(answer.columns, map(_plain, row), strict=True))),
                 client,
-                f"auth.{self._config.name} row {number}",
+                f"{self._name} row {number}",
             )
         )
         note(f"{len(rows)} rows, {len(rules)} rules")
         if self._config.no_match != "next":
-            rules.append(Rule(self._config.no_match == "allow", "all", source=f"auth.{self._config.name} no_match"))
+            rules.append(Rule(self._config.no_match == "allow", "all", source=f"{self._name} no_match"))
         return tuple(rules)
 
     def _record(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ from joserfc.errors import JoseError
 from pydantic import Field, model_validator
 
 from auth._acl import TooManyRules, claim_rules, groups_of, truth
-from auth._jwks import Keys, RemoteKeys, VerifyKey, read_jwks, read_pem, read_secret
+from auth._jwks import Keys, Registry, RemoteKeys, VerifyKey, read_jwks, read_pem, read_secret
 from broker.config.template import MissingValue, Template
 from broker.config.types import ConfigPath, Duration, Secret, Size
 from broker.connectors.http import HttpPool, check_url
@@ -34,7 +34,10 @@ _ALGORITHMS = frozenset(f"{family}{bits}" for family in ("HS", "RS", "PS", "ES")
     "EdDSA",
     "Ed25519",
 }
-_COMPACT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+Find = Callable[[str | None, str], Sequence[VerifyKey] | None]
+"""The keys for a key id and an algorithm; None when they have to be fetched first."""
+_COMPACT = re.compile(rb"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+_READING = Registry(())
 
 
 class JwtConfig(WebService, AuthConfig):
@@ -126,6 +129,15 @@ class OtherIssuer(Bad):
     """The token is somebody else's to judge."""
 
 
+class KeyAway(Exception):
+    """The token's key may be among those that have not been fetched yet."""
+
+    def __init__(self, kid: str | None, algorithm: str) -> None:
+        super().__init__(kid, algorithm)
+        self.kid = kid
+        self.algorithm = algorithm
+
+
 class Jwt:
     """Whoever presents a token is let in by it or not at all; without a token the next backend is asked."""
 
@@ -133,17 +145,32 @@ class Jwt:
         self._config = config
         self._keys = keys
         self._required = config.required
+        self._source = f"auth.{config.name}: claim {config.acl_claim}"
         self.without_password = config.token_in != "password"
         self.by_address = True  # rights in a token may hold for some addresses only
 
     async def authenticate(self, client: Client, password: bytes) -> Answer:
+        try:
+            return self._judge(client, password, self._keys.at_hand)
+        except KeyAway as away:
+            await self._keys.find(away.kid, away.algorithm)
+        return self._judge(client, password, self._keys.match)
+
+    def at_once(self, client: Client, password: bytes) -> Answer | None:
+        """The same, unless keys have to be fetched for it."""
+        try:
+            return self._judge(client, password, self._keys.at_hand)
+        except KeyAway:
+            return None
+
+    def _judge(self, client: Client, password: bytes, find: Find) -> Answer:
+        """Raises KeyAway."""
         token = self._token(client, password)
         if token is None:
             note("there is no token here")
             return Verdict.IGNORE
         try:
-            claims = await self._verify(token)
-            return self._grant(claims, client)
+            return self._grant(self._verify(token, find), client)
         except (Bad, TooManyRules) as error:
             if isinstance(error, OtherIssuer) and self._config.other_issuer == "ignore":
                 note(f"{error}: not for this backend")
@@ -172,14 +199,14 @@ class Jwt:
             return cookie.encode() if cookie else None
         return found if _is_token(found) else None
 
-    async def _verify(self, token: bytes) -> Mapping[str, Any]:
+    def _verify(self, token: bytes, find: Find) -> Mapping[str, Any]:
         """The claims of a token that was signed with one of our keys."""
         if len(token) > self._config.max_token:
             raise Bad(f"it has {len(token)} bytes, more than max_token")
-        text = token.decode("ascii", "replace")
-        if not _COMPACT.fullmatch(text):
+        if not _COMPACT.fullmatch(token):
             raise Bad("it is not of the form HEADER.CLAIMS.SIGNATURE")
-        header = _json(text.partition(".")[0])
+        parts = _parts(token)
+        header = parts.headers()
         algorithm, kid = header.get("alg"), header.get("kid")
         if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
             raise Bad("its algorithm is none that is taken")
@@ -188,13 +215,15 @@ class Jwt:
         if "crit" in header:
             raise Bad("it asks for an extension that is not known here")  # RFC 7515 section 4.1.11
         if self._config.issuer and self._config.other_issuer == "ignore":
-            _check_issuer(_json(text.split(".")[1]), self._config.issuer)
-        keys = await self._keys.find(kid, algorithm)
+            _check_issuer(_object(parts.payload), self._config.issuer)
+        keys = find(kid, algorithm)
+        if keys is None:
+            raise KeyAway(kid, algorithm)
         if not keys:
             raise Bad(f"no key is known for its key id and {algorithm}")
-        if not any(_signed(token, key, algorithm) for key in keys[:8]):
+        if not any(_signed(parts, key, algorithm) for key in keys[:8]):
             raise Bad("its signature is wrong")
-        return _json(text.split(".")[1])
+        return _object(parts.payload)
 
     def _grant(self, claims: Mapping[str, Any], client: Client) -> Grant:
         config = self._config
@@ -212,7 +241,7 @@ class Jwt:
                 raise Bad(f"its claim {name} is not {template.text}")
         rules: list[Rule] = []
         if config.acl_claim:
-            rules = claim_rules(claims.get(config.acl_claim), client, f"auth.{config.name}: claim {config.acl_claim}")
+            rules = claim_rules(claims.get(config.acl_claim), client, self._source)
         attributes = {n: claims[n] for n in config.attributes if isinstance(claims.get(n), str)}
         superuser = bool(config.superuser_claim) and truth(claims.get(config.superuser_claim))
         note(f"the token is good, with {len(rules)} rules{' and as superuser' if superuser else ''}")
@@ -291,17 +320,34 @@ def _is_token(found: bytes) -> bool:
         return False
 
 
-def _signed(token: bytes, key: VerifyKey, algorithm: str) -> bool:
+def _parts(token: bytes) -> jws.CompactSignature:
+    """Header and claims as they are, before anything of them is believed."""
     try:
-        jws.deserialize_compact(token, key.key, [algorithm], key.registry)
+        parts = jws.extract_compact(token, registry=_READING)
+    except (JoseError, ValueError, RecursionError):
+        raise Bad("it is no JSON in base64") from None
+    if not isinstance(parts.headers(), dict):
+        raise Bad("it is no JSON object")
+    return parts
+
+
+def _signed(parts: jws.CompactSignature, key: VerifyKey, algorithm: str) -> bool:
+    try:
+        return jws.validate_compact(parts, key.key, [algorithm], key.registry)
     except (JoseError, ValueError, TypeError):
         return False
-    return True
 
 
 def _json(segment: str) -> Mapping[str, Any]:
     try:
         data = base64.urlsafe_b64decode(segment + "=" * (-len(segment) % 4))
+    except ValueError:
+        raise Bad("it is no JSON in base64") from None
+    return _object(data)
+
+
+def _object(data: bytes) -> Mapping[str, Any]:
+    try:
         found = json.loads(data)
     except (ValueError, RecursionError):
         raise Bad("it is no JSON in base64") from None

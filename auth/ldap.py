@@ -27,6 +27,8 @@ MAX_NAME = 256
 """Bytes of a user name that is looked up."""
 HASHES = 4
 """Stored passwords of one entry that are compared."""
+_HASHED = re.compile(rb"\s*\{[A-Za-z0-9./_-]*\}|\s*\$[0-9a-z]")
+"""How stored hashes begin: ``{SSHA}``, ``$2b$``, ``$argon2id$``."""
 
 
 def _attribute(default: str = "") -> Any:
@@ -52,10 +54,12 @@ class LdapGroup(Rights):
 class LdapConfig(ldap.LdapServer):
     """`[auth.ldap]`"""
 
-    mode: Literal["search_bind", "direct_bind", "hash"] = "search_bind"
+    mode: Literal["search_bind", "direct_bind", "hash", "compare"] = "search_bind"
     """search_bind: the service account finds the user's entry, another connection binds as it. direct_bind: the user's
     name is put into `user_dn` and bound at once; no service account is needed. hash: the service account reads
-    `password_attribute`, and the broker compares; the directory's own password policy then has no say."""
+    `password_attribute`, and the broker compares; the directory's own password policy then has no say. compare: the
+    directory compares the password with `password_attribute` for the service account, where users may not bind; only
+    for a directory that hashes before it compares, others (OpenLDAP) compare letter by letter with what is stored."""
     base_dn: str = ""
     """Where the search for a user starts, e.g. ``ou=people,dc=example,dc=com``."""
     user_filter: Template = Template("(uid=${username})")
@@ -68,7 +72,7 @@ class LdapConfig(ldap.LdapServer):
     ``${username}@corp.example``."""
     password_attribute: str = _attribute("userPassword")
     """With hash: attribute that holds the password's hash, such as ``{SSHA}…``, ``{CRYPT}$2b$…`` or ``{ARGON2}…``; one
-    that fits is enough. Passwords that are not hashed let nobody in."""
+    that fits is enough. Passwords that are not hashed let nobody in. With compare: the attribute to compare with."""
     publish_attribute: str = _attribute()
     """Attribute of the user's entry with topic filters to which may be published, placeholders and all. EMQ's schema
     has ``mqttPublishTopic``. Whoever may write the attribute gives rights with it. Empty: none."""
@@ -100,7 +104,7 @@ class LdapConfig(ldap.LdapServer):
     max_bind_failures: int = Field(default=3, ge=0, le=1_000)
     """Wrong passwords of one user in `bind_failure_window` after which the directory is not asked about that user any
     more, so that a device with an old password does not lock the account there; 0: no limit. Cached logins go on. Not
-    with hash, which binds as nobody, so that no account is locked."""
+    with hash and compare, which bind as nobody, so that no account is locked."""
     bind_failure_window: Annotated[Duration, Field(gt=0, le=86_400)] = 300.0
     """Seconds for which a wrong password counts. Directories count longer than this: `max_bind_failures` times their
     time divided by this one must stay below their own limit."""
@@ -116,8 +120,10 @@ class LdapConfig(ldap.LdapServer):
         if self.mode == "direct_bind" and self.user_dn is not None and not _is_dn(self.user_dn) and not self.base_dn:
             raise ValueError("base_dn: say where the user finds its own entry, e.g. dc=corp,dc=example")
         for name in ("max_bind_failures", "bind_failure_window"):
-            if self.mode == "hash" and name in self.model_fields_set:
-                raise ValueError(f"{name}: leave it out, with hash the directory sees no wrong passwords")
+            if self.mode in ("hash", "compare") and name in self.model_fields_set:
+                raise ValueError(f"{name}: leave it out, with {self.mode} nobody binds with a wrong password")
+        if self.mode in ("hash", "compare") and not self.password_attribute:
+            raise ValueError(f"password_attribute: {self.mode} needs one")
         for name in self.require_group:
             if name not in self.groups:
                 raise ValueError(f"require_group: there is no table groups.{name}")
@@ -300,6 +306,24 @@ class HashCompare(SearchBind):
         await super().close()
 
 
+class DirectoryCompare(SearchBind):
+    """Finds the user's entry and has the directory compare the password; nobody binds as the user."""
+
+    async def authenticate(self, client: Client, password: bytes) -> Answer:
+        if not _usable(client.username, password):
+            return Verdict.DENY
+        if _HASHED.match(password):  # a directory that compares letters would take the stolen hash for the password
+            note("the password looks like a stored hash, which is never sent to be compared")
+            return Verdict.DENY
+        entry = await self._find_user(client)
+        if not isinstance(entry, ldap.Entry):
+            return entry
+        name = self._config.password_attribute
+        same = await self._pool.compare(entry.dn, name, password)
+        note(f"compare with {name} of {entry.dn}: {'the same' if same else 'another password, or none'}")
+        return await self._rights(client, entry, self._pool) if same else Verdict.DENY
+
+
 class DirectBind(_Directory):
     """Binds as the user at once; only the user itself can read its rights."""
 
@@ -349,7 +373,8 @@ async def open_ldap(config: LdapConfig) -> SearchBind | DirectBind:
     pool = ldap.LdapPool(config)
     if config.mode == "direct_bind":
         return DirectBind(config, pool)
-    return SearchBind(config, pool) if config.mode == "search_bind" else HashCompare(config, pool)
+    ways = {"search_bind": SearchBind, "hash": HashCompare, "compare": DirectoryCompare}
+    return ways[config.mode](config, pool)
 
 
 def _is_dn(template: Template) -> bool:

@@ -7,12 +7,12 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import Field
 
+from auth._crew import Closed, Crew
 from auth._sql import SqlAuth, SqlConfig
 from broker.access.passwords import BadHash, Hash, describes_itself
 from broker.config.types import ConfigPath, Duration
@@ -140,7 +140,7 @@ class SqliteFile:
         self._path = path
         self._timeout = timeout
         self._mode = "rw" if writes else "ro"
-        self._threads = ThreadPoolExecutor(size, thread_name_prefix="sqlite")
+        self._crew = Crew(size, "sqlite")
         self._idle: list[_Open] = []
         self._watching: _Open | None = None
         self._looking = False
@@ -165,16 +165,17 @@ class SqliteFile:
 
     async def close(self) -> None:
         self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._crew.close()
         while self._idle:
             self._idle.pop().connection.close()
         if not self._looking:
             self._look_no_more()
 
     async def _run(self, work: Callable[[], T]) -> T:
-        if self._closed:
-            raise BackendUnavailable(f"{self._path} was closed")
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        try:
+            return await self._crew.do(work)
+        except Closed:
+            raise BackendUnavailable(f"{self._path} was closed") from None
 
     def _fetch(self, job: _Job, statement: Statement, values: Sequence[str | None]) -> Rows:
         opened: _Open | None = None

@@ -77,7 +77,7 @@ LOSS = {
 
 PRESSURE = (
     "clients are read as usual again",
-    "publishers are read a quarter of the time (broker.max_memory)",
+    "publishers are read as far as there is room (broker.max_memory)",
     "publishers are hardly read and new clients are refused (broker.max_memory)",
 )
 """What each level of memory pressure means, for the log."""
@@ -170,6 +170,7 @@ class Broker:
         await self.listeners.apply(settings.listeners)
         await self._control.start()
         self._tick()
+        self.engine.pressure.look = self._look_at_memory
         self._watch_memory()
         gc.collect()
         memory.give_back()  # what reading a long journal took
@@ -240,16 +241,19 @@ class Broker:
 
     def _watch_memory(self) -> None:
         self._watcher = self._loop.call_later(MEMORY, self._watch_memory)
+        if self._look_at_memory():
+            memory.give_back()
+
+    def _look_at_memory(self) -> int:
+        """Tell the engine how much publishers may bring; the level of pressure."""
         before = self._memory.level
         level = self._memory.look()
         if level != before:
             log.warning(
                 "memory: %d of %d MB used: %s", self._memory.used >> 20, self._memory.limit >> 20, PRESSURE[level]
             )
-        if level:
-            memory.give_back()
-        if level or self.engine.pressure:
-            self.engine.press(level)
+        self.engine.pressure.press(level, self._memory.room)
+        return level
 
     async def stop(self) -> bool:
         """Stop accepting, tell clients, put everything on disk. Bounded by ten seconds; False when that ran out or

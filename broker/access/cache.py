@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import struct
 import time
 from collections.abc import Callable
 
@@ -12,6 +13,9 @@ from broker.extend.auth import Answer, Client, Grant, Verdict
 
 SIZE = 100_000
 """Verdicts one backend's cache holds; the oldest goes first."""
+_LENGTH = struct.Struct(">Q").pack
+_NONE = b"\xff" * 8
+"""In place of a length: there is no such field."""
 
 
 class Entry:
@@ -45,14 +49,18 @@ class Cache:
 
     def key(self, client: Client, password: bytes, *, by_address: bool = False) -> bytes:
         """Digest over length-prefixed fields: no two different logins share one, however the text is cut."""
-        digest = hashlib.blake2b(key=self._secret, digest_size=24)
         fields = [client.listener, client.username, client.clientid, client.peerhost if by_address else None]
         for name in sorted(client.certificate):
             fields += (name, client.certificate[name])
+        parts: list[bytes] = []
         for field in fields:
-            _add(digest, None if field is None else field.encode("utf-8", "surrogatepass"))
-        _add(digest, password)
-        return digest.digest()
+            if field is None:
+                parts.append(_NONE)
+            else:
+                data = field.encode("utf-8", "surrogatepass")
+                parts += (_LENGTH(len(data)), data)
+        parts += (_LENGTH(len(password)), password)
+        return hashlib.blake2b(b"".join(parts), key=self._secret, digest_size=24).digest()
 
     def get(self, key: bytes) -> Answer | None:
         """The verdict, when it is still good."""
@@ -97,11 +105,3 @@ class Cache:
         for key in keys:
             del self._entries[key]
         return len(keys)
-
-
-def _add(digest: hashlib.blake2b, field: bytes | None) -> None:
-    if field is None:
-        digest.update(b"\xff" * 8)
-    else:
-        digest.update(len(field).to_bytes(8, "big"))
-        digest.update(field)

@@ -25,14 +25,21 @@ class Open(BackendUnavailable):
     """The backend failed several times in a row and is left alone for a few seconds."""
 
 
-class _Flight:
-    """One call on behalf of everybody who asks the same question while it runs."""
+class _Call:
+    """One call of the backend, on behalf of everybody who waits for its answer."""
 
-    __slots__ = ("task", "waiters")
+    __slots__ = ("begun", "key", "over", "task", "timer", "waiters")
 
-    def __init__(self, task: asyncio.Task[Answer]) -> None:
-        self.task = task
-        self.waiters = 0
+    def __init__(self, key: bytes | None) -> None:
+        self.key = key
+        """What others who ask the same find it by."""
+        self.waiters: set[asyncio.Future[Any]] = set()
+        self.begun: float | None = None
+        """When the backend was asked; until then it waits for its turn."""
+        self.over = False
+        """Whether it has been decided what the waiters are told; what the backend says from then on is late."""
+        self.task: asyncio.Task[None]
+        self.timer: asyncio.TimerHandle | None = None
 
 
 class Guard:
@@ -69,21 +76,37 @@ class Guard:
         self.screen: Callable[[Client], Refusal | None] | None = getattr(backend, "screen", None)
         self.without_password = bool(getattr(backend, "without_password", False))
         self._by_address = bool(getattr(backend, "by_address", False))
-        self._flights: dict[bytes, _Flight] = {}
-        self._running: set[asyncio.Task[Any]] = set()
+        self._at_once: Callable[[Client, bytes], Answer | None] | None = getattr(backend, "at_once", None)
+        self._rules: Callable[[Client], Awaitable[Any]] | None = getattr(backend, "rules", None)
+        self._clock = clock
+        self._failing_since = 0.0
+        """When the first of the failures in a row happened."""
+        self._calls: set[_Call] = set()
+        self._shared: dict[bytes, _Call] = {}
 
     @property
     def has_rules(self) -> bool:
         """Whether the backend can tell a user's rights without a password."""
-        return getattr(self.backend, "rules", None) is not None
+        return self._rules is not None
 
     def key(self, client: Client, password: bytes) -> bytes:
         """What a verdict is remembered under."""
         return self.cache.key(client, password, by_address=self._by_address)
 
-    def cached(self, key: bytes) -> Answer | None:
-        """The verdict, when it is known without asking."""
-        return self.cache.get(key)
+    def known(self, client: Client, password: bytes) -> Answer | None:
+        """The verdict, when the cache has it or the backend gives it without asking anybody; else None."""
+        key = self.key(client, password)
+        answer = self.cache.get(key)
+        if answer is not None or self._at_once is None:
+            return answer
+        try:
+            answer = self._at_once(client, password)
+        except Exception:
+            return None  # it will raise again in `authenticate`, where failures are counted and told
+        if answer is not None:
+            self.calls += 1
+            self.cache.put(key, answer, client.username)
+        return answer
 
     async def authenticate(self, key: bytes, client: Client, password: bytes) -> Answer:
         """The backend's verdict; raises BackendUnavailable (Busy, Open). Cancelling the last of those who wait for
@@ -92,42 +115,40 @@ class Guard:
         if answer is not None:
             note("answered from the cache")
             return answer
-        flight = self._flights.get(key)
-        if flight is None:
-            flight = _Flight(asyncio.create_task(self._authenticate(key, client, password)))
-            self._flights[key] = flight
-            flight.task.add_done_callback(lambda task, flight=flight: self._landed(key, flight))  # type: ignore[misc]
-        flight.waiters += 1
+
+        def judged(answer: Any) -> Answer:
+            if not isinstance(answer, (Verdict, Grant, Refusal)):
+                raise BackendUnavailable(f"answered with {type(answer).__name__}, which is no verdict")
+            self.cache.put(key, answer, client.username)
+            return answer
+
         try:
-            return await asyncio.shield(flight.task)
-        except asyncio.CancelledError:
-            if flight.task.cancelled():
-                raise BackendUnavailable(f"{self.name} was closed") from None
-            raise
-        finally:
-            flight.waiters -= 1
-            if flight.waiters == 0 and not flight.task.done():
-                flight.task.cancel()
-                self._forget(key, flight)
+            found: Answer = await self._ask(lambda: self.backend.authenticate(client, password), judged, key)
+        except BackendUnavailable as error:
+            stale = self.cache.get_stale(key)
+            if stale is None:
+                raise
+            logger.warning(
+                "auth.%s: user %r let in on an earlier login, because the backend fails: %s",
+                self.name, client.username, error,
+            )  # fmt: skip
+            return stale
+        return found
 
     async def rules(self, client: Client) -> Grant | Refusal | None:
         """A user's rights without a password: None when the backend does not know the user or has no rights."""
-        ask: Any = getattr(self.backend, "rules", None)
+        ask = self._rules
         if ask is None:
             return None
-        answer = await self._call(lambda: ask(client))
-        if answer is None or isinstance(answer, (Grant, Refusal)):
-            return answer
-        if isinstance(answer, (list, tuple)) and all(isinstance(rule, Rule) for rule in answer):
-            return Grant(rules=tuple(answer))
-        raise self._failed(BackendUnavailable(f"answered with {type(answer).__name__}, which is no list of rules"))
+        answer: Grant | Refusal | None = await self._ask(lambda: ask(client), _rights)
+        return answer
 
     async def burn(self, password: bytes) -> None:
         """Spend the time of one password check, if the backend checks passwords by itself. Raises BackendUnavailable
         (Busy, Open) where a check would have, so that an unknown user is told what a known one is."""
         burn: Any = getattr(self.backend, "burn", None)
         if burn is not None:
-            await self._call(lambda: burn(password))
+            await self._ask(lambda: burn(password), _anything)
 
     def status(self) -> dict[str, Any]:
         """For `isthmus status`; no secrets."""
@@ -139,7 +160,7 @@ class Guard:
 
     async def close(self) -> None:
         """Cancel what is under way and close the backend."""
-        tasks = [flight.task for flight in self._flights.values()] + list(self._running)
+        tasks = [call.task for call in self._calls]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -147,90 +168,150 @@ class Guard:
         async with asyncio.timeout(5):
             await self.backend.close()
 
-    async def _authenticate(self, key: bytes, client: Client, password: bytes) -> Answer:
+    async def _ask(
+        self, ask: Callable[[], Awaitable[Any]], judged: Callable[[Any], Any], key: bytes | None = None
+    ) -> Any:
+        """What `judged` makes of the backend's answer. Raises BackendUnavailable, also when `judged` does."""
+        loop = asyncio.get_running_loop()
+        call = self._shared.get(key) if key is not None else None
+        if call is None:
+            call = _Call(key)
+            call.task = loop.create_task(self._run(call, ask, judged))
+            call.task.add_done_callback(lambda task: self._ended(call))
+            self._calls.add(call)
+            if key is not None:
+                self._shared[key] = call
+        waiter: asyncio.Future[Any] = loop.create_future()
+        call.waiters.add(waiter)
         try:
-            answer = await self._call(lambda: self.backend.authenticate(client, password))
-            if not isinstance(answer, (Verdict, Grant, Refusal)):
-                raise self._failed(BackendUnavailable(f"answered with {type(answer).__name__}, which is no verdict"))
-        except BackendUnavailable as error:
-            stale = self.cache.get_stale(key)
-            if stale is None:
-                raise
-            logger.warning(
-                "auth.%s: user %r let in on an earlier login, because the backend fails: %s",
-                self.name, client.username, error,
-            )  # fmt: skip
-            return stale
-        self.cache.put(key, answer, client.username)
-        return answer
-
-    async def _call(self, call: Callable[[], Awaitable[Any]]) -> Any:
-        if self.breaker.open:
-            raise Open(f"left alone for a few seconds after {self.breaker.failures} failures: {self.last_error}")
-        await self.bulkhead.enter()
-        if not self.breaker.enter():
-            self.bulkhead.leave()
-            raise Open(f"left alone for a few seconds after {self.breaker.failures} failures: {self.last_error}")
-        self.calls += 1
-        task = asyncio.ensure_future(_start(call))
-        self._running.add(task)
-        task.add_done_callback(self._finished)
-        try:
-            done, _ = await asyncio.wait({task}, timeout=self.timeout)
+            return await waiter
         except asyncio.CancelledError:
-            task.cancel()
-            self.breaker.abandoned()
+            call.waiters.discard(waiter)
+            if not waiter.cancelled():
+                waiter.exception()  # answered in the same moment
+            if not call.waiters and not call.over:
+                self._settle(call)
+                if call.begun is not None:
+                    self.breaker.abandoned()
+                call.task.cancel()
             raise
-        if not done:
-            task.cancel()
-            raise self._failed(BackendUnavailable(f"no answer in {self.timeout:g} s"))
-        if task.cancelled():
-            self.breaker.abandoned()
-            raise BackendUnavailable("the call was cancelled")
-        error = task.exception()
-        if isinstance(error, Busy):  # it works, and has more to do than it can
-            self.breaker.abandoned()
-            raise error
-        if error is not None:
-            if not isinstance(error, BackendUnavailable):
-                logger.error("auth.%s: the backend raised %s", self.name, type(error).__name__, exc_info=error)
-                error = BackendUnavailable(f"internal error: {type(error).__name__}")
-            raise self._failed(error)
-        if self.breaker.failures:
-            logger.info("auth.%s: answers again", self.name)
-        self.breaker.succeeded()
-        return task.result()
+
+    async def _run(self, call: _Call, ask: Callable[[], Awaitable[Any]], judged: Callable[[Any], Any]) -> None:
+        """The call itself, in a task of its own: it may outlive its deadline and its waiters, and keeps its place in
+        the bulkhead until it has really ended."""
+        if self.breaker.open:
+            self._refuse(call, self._open())
+            return
+        try:
+            await self.bulkhead.enter()
+        except Busy as error:
+            self._refuse(call, error)
+            return
+        try:
+            if not self.breaker.enter():
+                self._refuse(call, self._open())
+                return
+            self.calls += 1
+            call.begun = self._clock()
+            call.timer = asyncio.get_running_loop().call_later(self.timeout, self._late, call)
+            try:
+                answer = await ask()
+                if call.over:  # too late: nobody waits for it, and it is not remembered
+                    return
+                answer = judged(answer)
+            except Busy as error:  # it works, and has more to do than it can
+                if not call.over:
+                    self.breaker.abandoned()
+                    self._refuse(call, error)
+            except Exception as error:
+                if not call.over:
+                    call.over = True
+                    self._refuse(call, self._failed(self._explained(error)))
+            else:
+                if self.breaker.failures:
+                    logger.info("auth.%s: answers again", self.name)
+                self.breaker.succeeded()
+                self._tell(call, answer)
+        finally:
+            self.bulkhead.leave()
+
+    def _late(self, call: _Call) -> None:
+        """The deadline of a call has come."""
+        if not call.over:
+            call.over = True
+            self._refuse(call, self._failed(BackendUnavailable(f"no answer in {self.timeout:g} s")))
+            call.task.cancel()
+
+    def _ended(self, call: _Call) -> None:
+        self._calls.discard(call)
+        if not call.over:  # it was cancelled, by `close` or by the backend itself
+            if call.begun is not None:
+                self.breaker.abandoned()
+            self._refuse(call, BackendUnavailable("the call was cancelled"))
+
+    def _tell(self, call: _Call, answer: Any) -> None:
+        self._settle(call)
+        for waiter in call.waiters:
+            if not waiter.done():
+                waiter.set_result(answer)
+
+    def _refuse(self, call: _Call, error: BackendUnavailable) -> None:
+        self._settle(call)
+        for waiter in call.waiters:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    def _settle(self, call: _Call) -> None:
+        """What the waiters are told is decided; who asks the same from now on begins a call of its own."""
+        call.over = True
+        if call.timer is not None:
+            call.timer.cancel()
+        if call.key is not None and self._shared.get(call.key) is call:
+            del self._shared[call.key]
+
+    def _explained(self, error: Exception) -> BackendUnavailable:
+        if isinstance(error, BackendUnavailable):
+            return error
+        logger.error("auth.%s: the backend raised %s", self.name, type(error).__name__, exc_info=error)
+        return BackendUnavailable(f"internal error: {type(error).__name__}")
+
+    def _open(self) -> Open:
+        return Open(f"left alone for a few seconds after {self.breaker.failures} failures: {self.last_error}")
 
     def _failed(self, error: BackendUnavailable) -> BackendUnavailable:
         self.errors += 1
         self.last_error = str(error)
         was_open = self.breaker.open
+        if not self.breaker.failures:
+            self._failing_since = self._clock()
         self.breaker.failed()
         if self.breaker.failures == 1:
             logger.warning("auth.%s: %s", self.name, error)
         elif self.breaker.open and not was_open:
             count = self.breaker.failures
             logger.error("auth.%s: left alone for a few seconds after %d failures: %s", self.name, count, error)
+            self._leave_alone()
         return error
 
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._running.discard(task)
-        self.bulkhead.leave()  # only now: a call that ignores its cancellation still takes its place
-        if not task.cancelled():
-            task.exception()  # a late failure has been reported as a timeout already
-
-    def _landed(self, key: bytes, flight: _Flight) -> None:
-        self._forget(key, flight)
-        if not flight.task.cancelled():
-            flight.task.exception()
-
-    def _forget(self, key: bytes, flight: _Flight) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+    def _leave_alone(self) -> None:
+        """Calls that began while it was failing already are not waited for: who waited in the queue before would
+        otherwise wait twice."""
+        for call in list(self._calls):
+            if not call.over and call.begun is not None and call.begun >= self._failing_since:
+                self._refuse(call, self._open())
+                call.task.cancel()
 
 
-async def _start(call: Callable[[], Awaitable[Any]]) -> Any:
-    return await call()
+def _rights(answer: Any) -> Grant | Refusal | None:
+    if answer is None or isinstance(answer, (Grant, Refusal)):
+        return answer
+    if isinstance(answer, (list, tuple)) and all(isinstance(rule, Rule) for rule in answer):
+        return Grant(rules=tuple(answer))
+    raise BackendUnavailable(f"answered with {type(answer).__name__}, which is no list of rules")
+
+
+def _anything(answer: Any) -> Any:
+    return answer
 
 
 __all__ = ["Busy", "Guard", "Open"]

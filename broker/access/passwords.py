@@ -479,8 +479,8 @@ def _bytes(value: object) -> bytes:
 class Verifier:
     """A few threads that verify and hash; the work of more logins waits, but not longer than a login may take."""
 
-    def __init__(self, threads: int | None = None) -> None:
-        self._count = threads or min(4, os.cpu_count() or 1)
+    def __init__(self, threads: int = 4) -> None:
+        self._count = min(threads, os.cpu_count() or 1)  # more would take processors from the loop and hash no faster
         self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="password")
         self._pending = 0
         self._took = 0.0
@@ -495,12 +495,15 @@ class Verifier:
             raise Busy(f"{self._pending} passwords are being verified, {self._took:.2f} s each")
         self._pending += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._timed, hash, password)
+            latest = time.monotonic() + PATIENCE
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._timed, hash, password, latest)
         finally:
             self._pending -= 1
 
-    def _timed(self, hash: Hash, password: bytes) -> bool:
+    def _timed(self, hash: Hash, password: bytes, latest: float) -> bool:
         began = time.monotonic()
+        if began > latest:  # the last one was no measure: somebody else took the processors
+            raise Busy(f"more passwords are being verified than {PATIENCE:g} s are enough for")
         try:
             return hash.verify(password)
         finally:

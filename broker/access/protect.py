@@ -31,6 +31,8 @@ TRACKED = 16_384
 """Users, addresses and clients about which something is remembered, of each sort."""
 LONGEST_NAME = 256
 """Characters of a name that is remembered; nothing is counted about longer ones."""
+SHARED = 10
+"""How many clients' worth of denials one user and one address may cause: else many client ids would be many limits."""
 
 Key = tuple[str | None, str | None]
 
@@ -196,6 +198,8 @@ class Protection:
         self._connects_by_user = Rate(clock)
         self._denials = Rate(clock)
         """By client id."""
+        self._denials_by_user = Rate(clock)
+        self._denials_by_address = Rate(clock)
         self._places_by_address = Places()
         self._places_by_user = Places()
         self._exempt: Networks[bool] = Networks()
@@ -228,6 +232,8 @@ class Protection:
             self._connects_by_address.configure(quota.connect_rate_per_address, quota.rate_window)
         if access.deny_rate != self._denials.rate:
             self._denials.configure(access.deny_rate, 1.0)
+            self._denials_by_user.configure(SHARED * access.deny_rate, 1.0)
+            self._denials_by_address.configure(SHARED * access.deny_rate, 1.0)
         self._rearm()
 
     # the gate asks ----------------------------------------------------------------------------------------------------
@@ -321,14 +327,14 @@ class Protection:
                 principal.clientid, shown(principal.username), peer,
             )  # fmt: skip
             return NOT_AUTHORIZED
-        if not access.deny_rate or self._denials.take(principal.clientid):
+        if not access.deny_rate or self._may_be_denied(principal, peer):
             return 0
         throttle = access.deny_rate_action == "throttle"
         self.counters["denied_throttles" if throttle else "denied_disconnects"] += 1
         then = "not read for a while" if throttle else "disconnected"
         self._denied.warning(
-            "client %r (user %r) from %s is %s: more than %g denials a second (deny_rate)",
-            principal.clientid, shown(principal.username), peer, then, access.deny_rate,
+            "client %r (user %r) from %s is %s: over %g denials a second, or %g of its user or address (deny_rate)",
+            principal.clientid, shown(principal.username), peer, then, access.deny_rate, SHARED * access.deny_rate,
         )  # fmt: skip
         return None if throttle else MESSAGE_RATE
 
@@ -395,6 +401,16 @@ class Protection:
         }
 
     # inside -----------------------------------------------------------------------------------------------------------
+
+    def _may_be_denied(self, principal: Any, peer: str) -> bool:
+        """Once more: whether that is within the rates of the client, its user and its address, each of which counts."""
+        within = self._denials.take(principal.clientid)
+        if principal.username is not None and not self._denials_by_user.take(principal.username):
+            within = False
+        site = self._site(peer.rpartition(":")[0])
+        if site is not None and not self._denials_by_address.take(site):
+            within = False
+        return within
 
     def _rearm(self) -> None:
         quotas = self._config.quota

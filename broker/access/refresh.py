@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 import weakref
 from collections import deque
@@ -57,11 +58,14 @@ class Refresher:
         if principal.expires_at is None:
             return
         loop = asyncio.get_running_loop()
+        here = threading.get_ident()
 
         def gone(reference: weakref.ref[Principal]) -> None:
-            if reference in self._timers:
+            if threading.get_ident() == here:
+                self._forget(reference)
+            elif reference in self._timers:  # the last reference may go in any thread
                 with contextlib.suppress(RuntimeError):  # the loop is closed
-                    loop.call_soon_threadsafe(self._forget, reference)  # the last reference may go in any thread
+                    loop.call_soon_threadsafe(self._forget, reference)
 
         reference = weakref.ref(principal, gone)
         left = principal.expires_at - time.time()
@@ -90,10 +94,14 @@ class Refresher:
 
     def changed(self, names: set[str]) -> None:
         """These instances were opened anew: everybody who came through them is due now."""
+        now = asyncio.get_running_loop().time() if names else 0.0
         for name in names & self._live.keys():
             self._queues.pop(name, None)
-            for principal in self._live[name]:
-                self._plan(name, principal, 0.0)
+            guard = self._gate.guard(name)
+            if guard is not None and guard.refresh:
+                for principal in self._live[name]:
+                    self._plan(name, principal, now + guard.refresh)
+            self.due(name, None)
 
     def due(self, name: str, username: str | None) -> None:
         """The rights of those who came through this instance with this user name (None: of all) changed: read them now,
@@ -134,7 +142,8 @@ class Refresher:
             await self.run_due()
 
     async def run_due(self) -> None:
-        """Read the rights of everybody who is due before the next look, so that none are older than `refresh`."""
+        """Read the rights of everybody who is due before the next look, so that none are older than `refresh`, and of
+        those whose rights changed."""
         now = asyncio.get_running_loop().time() + TICK
         due: list[Principal] = []
         for name, queue in list(self._queues.items()):
@@ -144,10 +153,11 @@ class Refresher:
                     due.append(principal)
             if not queue:
                 del self._queues[name]
-        places = asyncio.Semaphore(PARALLEL)
-
-        if due:
-            await asyncio.gather(*(self._refresh(principal, places) for principal in due))
+        changed, self._due = self._due, {}
+        if due or changed:
+            places = asyncio.Semaphore(PARALLEL)
+            now_and_again = (self._refresh(principal, places) for principal in due)
+            await asyncio.gather(*now_and_again, *(self._refresh(one, places, again=False) for one in changed))
 
     async def _refresh(self, principal: Principal, places: asyncio.Semaphore, *, again: bool = True) -> None:
         async with places:

@@ -89,7 +89,8 @@ class AccessConfig(Section):
     is an acknowledgement, 3.x gets that of a message that was taken) | disconnect (MQTT 5 with 0x87; 3.x is closed
     and the message stays unacknowledged). Either way it reaches nobody and is counted."""
     deny_rate: float = Field(default=1_000.0, ge=0, le=1_000_000)
-    """Denied messages and filters of one client a second above which `deny_rate_action` follows. 0: no limit."""
+    """Denied messages and filters of one client a second above which `deny_rate_action` follows; of one user, and from
+    one address that is not `exempt`, ten times as many. 0: no limit."""
     deny_rate_action: Literal["throttle", "disconnect"] = "throttle"
     """What follows: throttle (nothing it sends is handled for a second) | disconnect (with 0x96)."""
     on_error: Literal["deny", "ignore"] = "deny"

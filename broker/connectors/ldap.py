@@ -138,6 +138,12 @@ class LdapPool(Searcher):
             return BindResult(False, 49, "an empty name or password is never sent")
         return await self._run(self._users, lambda link, end: link.bind(dn, password, end))
 
+    async def compare(self, dn: str, attribute: str, value: bytes) -> bool:
+        """Whether the directory finds this value in the entry, asked as the service account; never an empty one."""
+        if not dn or not value:
+            return False
+        return await self._run(self._service, lambda link, end: link.compare(dn, attribute, value, end))
+
     @contextlib.asynccontextmanager
     async def user(self, dn: str, password: bytes) -> AsyncIterator[tuple[BindResult, Searcher]]:
         """A connection of this user's own, closed afterwards."""

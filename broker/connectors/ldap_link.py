@@ -18,7 +18,18 @@ from typing import Any
 import ldap3
 from ldap3.core.exceptions import LDAPExceptionError
 from ldap3.protocol.controls import build_control
-from ldap3.protocol.rfc4511 import AuthenticationChoice, BindRequest, SaslCredentials, Simple, Version
+from ldap3.protocol.rfc4511 import (
+    LDAPDN,
+    AssertionValue,
+    AttributeDescription,
+    AttributeValueAssertion,
+    AuthenticationChoice,
+    BindRequest,
+    CompareRequest,
+    SaslCredentials,
+    Simple,
+    Version,
+)
 
 MAX_ANSWER = 4 << 20
 """Bytes one operation may receive: a directory that sends more is not answering our question."""
@@ -27,9 +38,12 @@ SUCCESS = 0
 OPERATIONS_ERROR = 1
 """Active Directory's answer to a search without a bind."""
 SIZE_LIMIT_EXCEEDED = 4
+COMPARE_FALSE = 5
+COMPARE_TRUE = 6
 STRONGER_AUTH_REQUIRED = 8
 REFERRAL = 10
 CONFIDENTIALITY_REQUIRED = 13
+NO_SUCH_ATTRIBUTE = 16
 NO_SUCH_OBJECT = 32
 NO_RIGHTS = 50
 
@@ -231,6 +245,26 @@ class Link:
         if text is None:
             raise LinkError(f"{self.place}: bind failed with result {code} {result.get('description')}{detail}")
         return BindResult(False, code, f"{text} (result {code}{detail})")
+
+    def compare(self, dn: str, attribute: str, value: bytes, deadline: float) -> bool:
+        """Whether the entry's attribute has this value, as the directory compares; no when there is no such entry or
+        attribute. The value is sent as it is."""
+        assertion = AttributeValueAssertion()
+        assertion["attributeDesc"] = AttributeDescription(attribute)
+        assertion["assertionValue"] = AssertionValue(value)
+        request = CompareRequest()
+        request["entry"] = LDAPDN(dn)
+        request["ava"] = assertion
+        result = self._send("compareRequest", request, deadline)
+        code = int(result["result"])
+        if code == COMPARE_TRUE:
+            return True
+        if code in (COMPARE_FALSE, NO_SUCH_ATTRIBUTE, NO_SUCH_OBJECT):
+            return False
+        advice = "; give the service account the right to compare it" if code in (OPERATIONS_ERROR, NO_RIGHTS) else ""
+        raise LinkError(
+            f"{self.place}: comparing {attribute} failed with result {code} {result.get('description')}{advice}"
+        )
 
     def search(
         self,

@@ -6,11 +6,11 @@ Nothing that was sent is cancelled: the driver's own deadline ends it, and no an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
-from pymongo import AsyncMongoClient, InsertOne, ReadPreference, UpdateOne, WriteConcern
+from pymongo import AsyncMongoClient, ReadPreference, UpdateOne, WriteConcern
 from pymongo.errors import (
     AutoReconnect,
     BulkWriteError,
@@ -24,11 +24,9 @@ from broker.config.types import Address, Secret
 from broker.connectors.endpoint import Endpoint
 from broker.extend.auth import BackendUnavailable
 
-__all__ = ["REJECTED", "MongoPool", "MongoServer", "Rejected", "Write"]
+__all__ = ["REJECTED", "MongoPool", "MongoServer", "Rejected"]
 
 T = TypeVar("T")
-Write = InsertOne[Any] | UpdateOne
-"""One document to store."""
 
 
 class Rejected(BackendUnavailable):
@@ -139,15 +137,22 @@ class MongoPool:
 
         return await self._run(ask)
 
-    async def write(self, collection: str, writes: Sequence[Write]) -> list[dict[str, Any]]:
+    async def insert(self, collection: str, documents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As `write`, of new documents; one without ``_id`` gets one. The driver raises where BSON cannot hold one."""
+        return await self._write(collection, lambda target: target.insert_many(documents, ordered=False))
+
+    async def write(self, collection: str, writes: Sequence[UpdateOne]) -> list[dict[str, Any]]:
         """All of them, in no order, on the disks of a majority. Answers what the server says about each document it
         refused (``index``, ``code``, ``errmsg``); all others are stored. Raises Rejected, BackendUnavailable: then
         nobody knows which are; RuntimeError when the server cannot take them in one command because of one of them."""
+        return await self._write(collection, lambda target: target.bulk_write(writes, ordered=False))
+
+    async def _write(self, collection: str, send: Callable[[Any], Awaitable[Any]]) -> list[dict[str, Any]]:
         target = self._database.get_collection(collection, write_concern=_SAFE)
 
         async def ask() -> list[dict[str, Any]]:
             try:
-                await target.bulk_write(writes, ordered=False)
+                await send(target)
             except BulkWriteError as error:
                 unsafe = error.details.get("writeConcernErrors")
                 if unsafe:

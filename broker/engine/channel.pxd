@@ -15,10 +15,12 @@ cdef class Channel(Inbox):
     cdef public list pieces
     cdef public Flag parsing
     cdef public Flag paused
+    cdef public Flag resting
     cdef public Flag graceful
     cdef public Flag bridge
     cdef public int bucket
     cdef public int have
+    cdef public int taken
     cdef public int need
     cdef public int max_packet
     cdef public float keep_alive
@@ -29,6 +31,7 @@ cdef class Channel(Inbox):
     cpdef eof_received(self)
     cpdef connection_lost(self, object error)
     cpdef feed(self, bytes data)
+    cpdef _rest(self)
     cpdef _read_ahead(self)
     cpdef _guard(self, bytes data)
     @cython.locals(p=Bytes, n=Py_ssize_t, i=Py_ssize_t, end=Py_ssize_t, at=Py_ssize_t, size=Py_ssize_t, found=Py_ssize_t, first=int, kind=int, v5=bint, session=Session, route=Route, run_route=Route, run_start=Py_ssize_t, run_end=Py_ssize_t, run_count=Py_ssize_t, largest=Py_ssize_t, topic_at=Py_ssize_t, topic_end=Py_ssize_t, length=Py_ssize_t, entry=Entry, said=int)

@@ -29,6 +29,9 @@ BEFORE_LOGIN = 65_536
 WORKER_EXTRA = 65_536
 """What a worker may send beyond the limit of devices: a dead letter is its original and the reason."""
 
+READ_AT_ONCE = 262_144
+"""Bytes after which a connection waits for the next turn of the loop: a transport reads up to 8 MiB in one."""
+
 INCOMPLETE = -1
 NOT_SHORTEST = -2
 TOO_LONG = -3
@@ -47,6 +50,8 @@ class Channel(Inbox):
         self.parsing = False
         self.held_until = 0.0
         self.paused = False
+        self.resting = False
+        self.taken = 0
         self.pieces: list[bytes] | None = None
         self.have = 0
         self.need = 0
@@ -92,6 +97,12 @@ class Channel(Inbox):
         """Handle the bytes of one read."""
         if self.state == CLOSED:
             return
+        self.taken += len(data)
+        if self.taken >= READ_AT_ONCE:
+            self._rest()
+        self.core.room -= len(data)
+        if self.core.room < 0:
+            self.engine.pressure.heard(self)
         if self.pieces is not None:
             self.pieces.append(data)
             self.have += len(data)
@@ -112,6 +123,21 @@ class Channel(Inbox):
         self.last_read = self.core.now
         self._guard(data)
         self.flusher.after_read()
+
+    def _rest(self) -> None:
+        """Enough was read in one go: the others have their turn, and timers theirs, before reading goes on."""
+        self.taken = 0
+        if self.state == LIVE and not self.paused:
+            self.paused = self.resting = True
+            self.link.pause_reading()
+            self.flusher.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self.resting:
+            self.resting = False
+            if self.paused and not self.suspended and not self.congested and self.state == LIVE:
+                self.paused = False
+                self.link.resume_reading()
 
     def _read_ahead(self) -> None:
         """While the channel is suspended not more than this is read."""
@@ -388,7 +414,7 @@ class Channel(Inbox):
         if connect.bridge and not self.listener.bridge_bit:
             self.refuse(0x84)
             return
-        if self.engine.pressure > 1 and not self.listener.privileged:
+        if self.engine.pressure.level > 1 and not self.listener.privileged:
             self.refuse(0x89)
             return
         if len(connect.client_id) > limits.max_clientid_length:
@@ -495,6 +521,8 @@ class Channel(Inbox):
         resets it, and the reset overtakes what was said; so only our half is closed now, the rest a moment later."""
         if self.state == CLOSED:
             return
+        if last_word:
+            self._go_on()
         self._flush_acks()
         self.flush()
         state = self.state

@@ -45,6 +45,7 @@ cdef class Core:
     cdef public object on_drop
     cdef public dict events
     cdef public set stalled
+    cdef public long long room
     cdef public object journal
     cdef public object withholds
     cdef public object observer

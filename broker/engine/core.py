@@ -11,6 +11,9 @@ from broker.engine.outbox import Flusher
 log = logging.getLogger(__name__)
 
 
+UNLIMITED = 1 << 62
+
+
 class Limits:
     """The `[limits]` table, plus what a listener may narrow. Sizes in bytes, durations in seconds."""
 
@@ -74,6 +77,8 @@ class Core:
         """Told of every dropped message by reason, number and the session that loses it or published it, if any."""
         self.events: dict[str, int] = {}
         self.stalled: set[Any] = set()
+        self.room = UNLIMITED
+        """Bytes that may be read before somebody looks at memory again: see `pressure.Pressure`."""
         self.journal: Any = None
         """What makes sessions survive a restart; None where nothing does."""
         self.withholds: Callable[[Any, Any], str] | None = None

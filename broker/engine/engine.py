@@ -19,6 +19,7 @@ from broker.engine.journal import Journal
 from broker.engine.legacy import Legacies
 from broker.engine.listener import ListenerInfo
 from broker.engine.message import Message
+from broker.engine.pressure import Pressure
 from broker.engine.receiver import DONE, Hold
 from broker.engine.retained import Retained
 from broker.engine.rights import Rights
@@ -80,11 +81,7 @@ class Engine:
         self.wheel = Wheel(now)
         self.timers = Timers()
         self.connected = 0
-        self.pressure = 0
-        """How short memory is; see `press`."""
-        self._turns = 0
-        self._hushed: list[Channel] = []
-        """Connections that are not read because memory is short."""
+        self.pressure = Pressure(self.core, self.clients, call_soon)
         self._claims: dict[str, Channel] = {}
         """Connections that get their session, and CONNACK, when what CONNACK says is on disk."""
         self._takeovers: dict[str, tuple[int, int]] = {}
@@ -649,25 +646,6 @@ class Engine:
             self.core.count("stalled")
             self.report("stalled", f"client {channel.client_id!r} from {channel.peer} reads nothing; closed")
             channel.disconnect(0x83)
-
-    def press(self, level: int) -> None:
-        """Called some twenty times a second while memory is short. 1: clients that publish are read a quarter of the
-        time; 2: a sixteenth of it, and new clients are refused with 0x89. Subscribers are read always: they free
-        memory."""
-        self.pressure = level
-        self._turns += 1
-        if level and self._turns % (4 if level == 1 else 16):
-            for channel in self.clients():
-                if channel.origin is not None and not channel.paused:
-                    channel.paused = True
-                    channel.link.pause_reading()
-                    self._hushed.append(channel)
-            return
-        hushed, self._hushed = self._hushed, []
-        for channel in hushed:
-            if channel.state == LIVE and channel.paused and not channel.suspended and not channel.congested:
-                channel.paused = False
-                channel.link.resume_reading()
 
     def _failed(self, error: Exception) -> None:
         self.core.failed(error, "a timer of the engine failed; the others go on")

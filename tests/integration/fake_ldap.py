@@ -70,6 +70,9 @@ class FakeLdap:
         self.starttls_code = 0
         self.bind: Callable[[str, bytes], int] = lambda dn, password: 0
         self.before: Callable[[str], Any] | None = None
+        self.compare: Callable[[bytes], int] = lambda value: 5
+        self.compared: list[tuple[str, str, str, bytes]] = []
+        """Who asked, about which entry and attribute, and the value."""
         self.identities: list[str] = []
         self.cleartext: list[int] = []
         self.port = 0
@@ -109,7 +112,7 @@ class FakeLdap:
                 (_, number), (tag, body), *_ = children(await reader.readexactly(size))
                 self.cleartext.append(tag)
                 if self.before is not None:
-                    kind = {0x60: "bind", 0x63: "search", 0x77: "extended"}.get(tag, "other")
+                    kind = {0x60: "bind", 0x63: "search", 0x6E: "compare", 0x77: "extended"}.get(tag, "other")
                     await self.before(kind) if asyncio.iscoroutinefunction(self.before) else self.before(kind)
                 if tag == 0x60:
                     _, (_, name), (_, password) = children(body)
@@ -123,6 +126,11 @@ class FakeLdap:
                     self.filters.append((fields[6][0], children(fields[6][1])))
                     self.identities.append(identity)
                     answers = [*self.found, result(0x65, self.search_code)]
+                elif tag == 0x6E:
+                    (_, dn), (_, assertion) = children(body)
+                    (_, name), (_, value) = children(assertion)
+                    self.compared.append((identity, dn.decode(), name.decode(), value))
+                    answers = [result(0x6F, self.compare(value))]
                 elif tag == 0x77:
                     answers = [result(0x78, self.starttls_code, "no")]
                 else:

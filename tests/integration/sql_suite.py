@@ -230,6 +230,7 @@ class SqlSuite:
     # what must not let anybody in -------------------------------------------------------------------------------------
 
     async def test_a16_a_name_is_a_value_whatever_is_in_it(self, open: Any, server: SqlServer, database: str) -> None:
+        """A-16: bound to one prepared statement; the tables stay."""
         backend = await open(database)
         for name in NOBODY:
             answer = await backend.authenticate(Client(name, name, name[:20]), b"alice-pw")
@@ -246,6 +247,7 @@ class SqlSuite:
         assert isinstance(await backend.authenticate(Client("c", "bob"), b"bob-pw"), Grant)
 
     async def test_a18_rows_that_let_nobody_in(self, open: Any, server: SqlServer) -> None:
+        """A-18: no row, two, no hash, an unknown one."""
         database = await server.create(
             f"create table mqtt_user (username {self.text}, password {self.text}, salt {self.text}, is_superuser int)",
             f"insert into mqtt_user values ('two', '{sha256('pw')}', null, 0), ('two', '{sha256('pw')}', null, 0), "
@@ -261,6 +263,7 @@ class SqlSuite:
         assert isinstance(await backend.authenticate(Client("c", "upper"), b"pw"), Grant)
 
     async def test_a20_plain_passwords_must_be_asked_for(self, open: Any, server: SqlServer) -> None:
+        """A-20: and compared byte for byte."""
         database = await server.create(
             f"create table mqtt_user (username {self.text}, password {self.text}, salt {self.text}, is_superuser int)",
             "insert into mqtt_user values ('alice', 'Secret', null, 0)",
@@ -349,7 +352,8 @@ class SqlSuite:
 
     async def test_a46_changes_in_the_database_take_effect(self, open: Any, server: SqlServer, database: str) -> None:
         backend = await open(database)
-        guard = Guard("sql", backend, cache_ttl=60)
+        now = [0.0]
+        guard = Guard("sql", backend, cache_ttl=60, clock=lambda: now[0])
         alice = Client("c", "alice")
 
         async def login(password: bytes) -> Any:
@@ -361,12 +365,19 @@ class SqlSuite:
         )
         assert isinstance(await login(b"alice-pw"), Grant), "until the verdict is too old"
         assert isinstance(await login(b"new"), Grant)
+        now[0] = 66.1
+        assert await login(b"alice-pw") is DENY, "60 s and a tenth at most, however often it was used"
+        assert isinstance(await login(b"new"), Grant)
+        await server.execute(
+            f"update mqtt_user set password = '{sha256('s1newer')}' where username = 'alice'", database=database
+        )
+        assert isinstance(await login(b"new"), Grant)
         guard.cache.purge("alice")
-        assert await login(b"alice-pw") is DENY
+        assert await login(b"new") is DENY, "at once after a purge"
         await server.execute("delete from mqtt_user where username = 'alice'", database=database)
         assert await backend.rules(alice) is None
         guard.cache.purge("alice")
-        assert await login(b"new") is IGNORE
+        assert await login(b"newer") is IGNORE
 
     async def test_a_password_is_stored_anew_at_login(self, open: Any, server: SqlServer, database: str) -> None:
         backend = await open(database, upgrade_to="argon2id")
@@ -634,6 +645,7 @@ class SqlSuite:
         assert may(await backend.authenticate(client, b"pw7"), "publish", "only/u7", client)
 
     async def test_a50_time_does_not_tell_who_exists(self, open: Any, server: SqlServer) -> None:
+        """A-50: the medians of an unknown user and a wrong password; within a tenth in the long form."""
         slow = bcrypt.hashpw(b"pw", bcrypt.gensalt(8)).decode()
         database = await server.create(
             *self.emq, f"insert into mqtt_user (username, password) values ('alice', '{slow}')"

@@ -176,6 +176,7 @@ ODD = [
 async def test_a24_only_the_documented_form_allows(
     http: Service, answers: str, status: int, text: str, kind: str | None, verdict: str
 ) -> None:
+    """A-24: everything else is a no or an error."""
     headers = {"Location": f"{http.url}/elsewhere"} | ({"Content-Type": kind} if kind else {})
 
     def answer(request: web.Request, body: bytes) -> web.StreamResponse:
@@ -197,6 +198,7 @@ async def test_a24_only_the_documented_form_allows(
 
 
 async def test_a24_answers_of_any_size_and_speed_are_cut_off(http: Service) -> None:
+    """A-24: everything else is a no or an error."""
     sent = 0
 
     async def big(request: web.Request, body: bytes) -> web.StreamResponse:
@@ -243,6 +245,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_a23_what_a_client_calls_itself_is_one_value(http: Service, name: str) -> None:
+    """A-23: in the body, the path, the query and a header; or nothing is sent."""
     http.answer = lambda request, body: web.Response(status=204)
     await ask(http, "dev1", clientid=name, body={"c": "${clientid}"})
     assert json.loads(http.seen[0].body) == {"c": name}

@@ -181,6 +181,7 @@ def bare(header: Any, signature: str = "") -> bytes:
     ],
 )  # fmt: skip
 async def test_a26_no_algorithm_no_signature(rsa_table: dict[str, Any], kind: str, presented: bytes) -> None:
+    """A-26: on no spelling of none."""
     assert isinstance(await ask(HMAC if kind == "secret" else rsa_table, presented), Refusal)
 
 
@@ -199,6 +200,7 @@ def confusions() -> list[bytes]:
 
 @pytest.mark.parametrize("name", ["rsa", "ec", "ed"])
 async def test_a27_a_public_key_is_no_shared_secret(tmp_path: Path, name: str) -> None:
+    """A-27: in whatever form it is given: the key says which algorithms it is for."""
     key = {"rsa": RSA, "ec": EC, "ed": ED}[name]
     (tmp_path / "key.pem").write_bytes(pem(key))
     (tmp_path / "jwks.json").write_text(json.dumps({"keys": [jwk(key)]}))
@@ -219,6 +221,7 @@ async def test_a27_a_public_key_is_refused_as_a_secret(text: bytes) -> None:
 
 
 async def test_a28_keys_and_addresses_in_a_token_mean_nothing(rsa_table: dict[str, Any]) -> None:
+    """A-28: nobody is asked for them, and a key id only chooses among ours."""
     async with service(lambda request, body: web.json_response({"keys": [jwk(OTHER_RSA)]})) as evil:
         async with opened(BACKEND, rsa_table) as backend:
             for more in (
@@ -260,9 +263,10 @@ def remote(http: Any, **more: Any) -> dict[str, Any]:
 
 
 async def test_a29_unknown_key_ids_cause_one_request(provider: tuple[Provider, Service]) -> None:
-    """10,000 random key ids, with the provider up and then failing: the known keys stay in use."""
+    """A-29: 10,000 random key ids, with the provider up and then failing: the known keys stay in use."""
     keys, http = provider
     honest = token(algorithm="RS256", key=RSA, kid="k1")
+    began = time.monotonic()
     async with opened(BACKEND, remote(http)) as backend:
         assert isinstance(await backend.authenticate(Client("c", "alice"), honest), Grant)
         for status in (200, 500):
@@ -274,7 +278,7 @@ async def test_a29_unknown_key_ids_cause_one_request(provider: tuple[Provider, S
                 answers = await asyncio.gather(*(backend.authenticate(Client("c", "alice"), f) for f in forged))
                 assert all(isinstance(answer, Refusal) for answer in answers)
             assert isinstance(await backend.authenticate(Client("c", "alice"), honest), Grant)
-        assert len(http.seen) <= 2
+        assert len(http.seen) <= 1 + (time.monotonic() - began) // _jwks.REFETCH
 
 
 async def test_a29_a_new_key_is_found_after_the_pause_and_an_old_one_is_gone(
@@ -297,7 +301,39 @@ async def test_a29_a_new_key_is_found_after_the_pause_and_an_old_one_is_gone(
         assert isinstance(await backend.authenticate(Client("c", "alice"), old), Refusal)
 
 
+async def test_a_token_is_judged_at_once_when_its_key_is_at_hand(
+    provider: tuple[Provider, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only who needs a key that was not fetched yet waits, and nobody waits for keys that are fetched again."""
+    keys, http = provider
+    old, new = token(algorithm="RS256", key=RSA, kid="k1"), token(algorithm="EdDSA", key=ED, kid="k2")
+    alice = Client("c", "alice")
+    async with opened(BACKEND, remote(http)) as backend:
+        clock = SimpleNamespace(now=1_000.0)
+        monkeypatch.setattr(backend._keys, "_clock", lambda: clock.now)
+        assert backend.at_once(alice, old) is None
+        assert backend.at_once(alice, b"a password") is IGNORE
+        assert isinstance(await backend.authenticate(alice, old), Grant)
+        assert isinstance(backend.at_once(alice, old), Grant)
+        assert isinstance(backend.at_once(alice, token(algorithm="RS256", key=OTHER_RSA, kid="k1")), Refusal)
+        assert isinstance(backend.at_once(alice, new), Refusal), "it was fetched a moment ago"
+        keys.keys.append(jwk(ED, "k2"))
+        clock.now += _jwks.REFETCH
+        assert backend.at_once(alice, new) is None
+        assert isinstance(await backend.authenticate(alice, new), Grant)
+        clock.now += 301
+        assert isinstance(backend.at_once(alice, old), Grant)
+        assert len(http.seen) == 2
+        async with asyncio.timeout(5):
+            while len(http.seen) < 3:  # noqa: ASYNC110 (it is fetched behind our back)
+                await asyncio.sleep(0.01)
+    async with logins(instance(BACKEND, HMAC)) as log:
+        assert log.start("alice", token(), "c").code == 0, "before the call returns"
+        assert log.start("bob", token(), "c").code == 0x86
+
+
 async def test_a30_no_keys_no_login_and_recovery(provider: tuple[Provider, Service], start_proxy: Any) -> None:
+    """A-30: tokens are refused until there are keys, and those once known stay."""
     _, http = provider
     proxy = await start_proxy(http.port)
     await proxy.down()
@@ -399,6 +435,7 @@ NOW = time.time
     ],
 )  # fmt: skip
 async def test_a31_claims_that_are_not_good(claims: Callable[[], Any], say: str) -> None:
+    """A-31: each is refused, with the reason for the operator."""
     raw = {**HMAC, "issuer": "https://id.example.com", "audience": ["mqtt", "other"]}
     answer = await ask(raw, token(claims()))
     assert isinstance(answer, Refusal)
@@ -427,6 +464,7 @@ async def test_a31_an_extension_nobody_knows_is_refused(header: dict[str, Any]) 
 
 
 async def test_a32_what_is_encrypted_or_too_long_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A-32: no compression, no iterations."""
     decoded: list[Any] = []
 
     def signed(*arguments: Any) -> bool:
@@ -475,6 +513,7 @@ async def test_a33_a_client_is_disconnected_when_its_token_ends() -> None:
 
 
 async def test_a34_claims_belong_to_who_presents_them() -> None:
+    """A-34: where the rule asks for it."""
     assert isinstance(await ask(HMAC, token(), username="bob"), Refusal), "sub is compared unless told otherwise"
     assert isinstance(await ask(HMAC, token(), username="Alice"), Refusal)
     raw = {**HMAC, "claims": {"client": "dev-${clientid}", "u": "${username}"}}
@@ -513,6 +552,7 @@ SHORT_RSA = rsa.generate_private_key(65537, 1024)
     ],
 )  # fmt: skip
 async def test_a35_damaged_keys_are_found_when_they_are_read(tmp_path: Path, key: str, text: bytes) -> None:
+    """A-35: at the start, never at a login."""
     (tmp_path / "key").write_bytes(text)
     with pytest.raises(ValueError, match=key):
         await ask({key: str(tmp_path / "key")}, token())
@@ -537,7 +577,7 @@ async def test_a35_one_damaged_key_does_not_spoil_the_others(tmp_path: Path) -> 
 
 
 async def test_a36_a_bad_token_is_final_although_another_backend_would_take_it(tmp_path: Path) -> None:
-    """A password that is a token goes to nobody else; any other password does."""
+    """A-36: a password that is a token goes to nobody else; any other password does."""
     from broker.access.passwords import hash_password
 
     bad = token(key=b"x" * 32)

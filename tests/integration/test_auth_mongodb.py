@@ -136,6 +136,7 @@ async def test_emqxs_documents_work_unchanged(server: MongoServer) -> None:
     ],
 )  # fmt: skip
 async def test_a22_a_name_is_a_text_and_nothing_else(server: MongoServer, name: str) -> None:
+    """A-22: operators in it mean nothing."""
     async with opened(BACKEND, table(server)) as backend:
         for password in (b"pw-1", b"", name.encode("utf-8", "surrogatepass")):
             answer = await backend.authenticate(Client(name, name, "127.0.0.1"), password)

@@ -72,6 +72,7 @@ class TestMysql(SqlSuite):
 
     @pytest.mark.parametrize("charset", ["latin1", "utf8mb3", "utf8mb4", "utf8mb4 collate utf8mb4_bin"])
     async def test_a19_names_the_database_takes_for_one(self, open: Any, server: Mariadb, charset: str) -> None:
+        """A-19: the name in the row is compared byte for byte."""
         database = await server.create(
             f"create table mqtt_user (username varchar(100), password varchar(100), salt varchar(35), "
             f"is_superuser tinyint(1)) default charset={charset}",

@@ -143,6 +143,7 @@ def _pbkdf2(password: bytes, salt: bytes) -> str:
     ],
 )  # fmt: skip
 async def test_a21_a_name_is_one_key_and_nothing_else(server: RedisServer, name: str) -> None:
+    """A-21: separators, line ends, NUL, braces."""
     monitor = server.connect()
     before = monitor.info("commandstats").get("cmdstat_hgetall", {}).get("calls", 0)
     async with opened(BACKEND, table(server)) as backend:

@@ -128,6 +128,27 @@ async def test_a19_a_column_that_takes_names_for_one(open: Open, tmp_path: Path)
     assert isinstance(await backend.authenticate(Client("c", "ALICE"), b"pw"), Grant)
 
 
+@pytest.mark.parametrize(
+    ("statement", "say"),
+    [
+        ("select password from mqtt_user where username = 'x${username}'", "outside the quotes"),
+        ("select password from mqtt_user where username like '%u-%'", "outside the quotes"),
+        ('select password from mqtt_user where "${username}" = 1', "outside the quotes"),
+        ("select password from ${username}", "write the name"),
+        ("select password from mqtt_${clientid} where username = '%u'", "join texts"),
+        ("select password from mqtt_user where username = '%u' and password = '%P'", "never sent"),
+        ("select password from mqtt_user where username = ${nope}", "not known"),
+        ("select password from mqtt_user where username = '%u'; drop table mqtt_user", "more than one"),
+    ],
+)
+def test_a17_what_would_be_pasted_is_refused_when_the_table_is_read(statement: str, say: str) -> None:
+    """A-17: a placeholder is one bound value; the error names the key and the fix."""
+    for key in ("authenticate", "superuser", "authorize"):
+        with pytest.raises(ValueError, match=key) as caught:
+            BACKEND.config.model_validate({"path": "x.db", key: statement})
+        assert say in str(caught.value)
+
+
 async def test_types_of_sqlite(open: Open, tmp_path: Path) -> None:
     """Columns hold what was put into them, whatever they were declared as."""
     run(

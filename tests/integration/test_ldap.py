@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from broker.access.explain import explain
 from broker.access.gate import AccessGate
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from broker.extend.registry import Backend
+from tests.integration.auth_harness import LOGINS, cancelled_and_interleaved
 from tests.servers import Certificates, Slapd
 from tests.unit.access.doubles import Login, settings
 
@@ -209,6 +212,7 @@ async def test_a_name_spelled_otherwise_is_another_name(slapd: Slapd, connect: O
 
 
 async def test_a05_a_user_without_a_password_never_logs_in(slapd: Slapd, connect: Open) -> None:
+    """A-05: an entry for certificates alone."""
     admin = slapd.connect()
     dn = f"uid=certonly,{slapd.people_dn}"
     assert admin.add(dn, ["inetOrgPerson"], {"cn": "x", "sn": "x"})
@@ -240,6 +244,7 @@ async def test_a08_a_wrong_service_password_is_an_error_that_does_not_show_it(sl
 
 
 async def test_a12_tls_is_verified(start_slapd: Any, connect: Open, certs: Certificates) -> None:
+    """A-12: or there is no login."""
     directory = start_slapd(tls=certs)
     for url in (directory.url, directory.ldaps_url, directory.ldaps_url.replace("127.0.0.1", "localhost")):
         backend = await connect(directory, servers=[url], tls="starttls", ca=certs.ca)
@@ -299,6 +304,7 @@ async def test_a12_starttls_that_is_refused_sends_no_password(slapd: Slapd, conn
 
 
 async def test_a13_parallel_logins_are_never_mixed_up(slapd: Slapd, connect: Open) -> None:
+    """A-13: over a pool of four, every other password wrong."""
     backend = await connect(slapd, pool=4, timeout=30, max_bind_failures=0)
 
     async def one(number: int) -> tuple[Any, bool]:
@@ -316,28 +322,74 @@ async def test_a13_parallel_logins_are_never_mixed_up(slapd: Slapd, connect: Ope
             assert answer is DENY
 
 
-async def test_a42_logins_cancelled_at_any_point_leave_no_trace(slapd: Slapd, connect: Open) -> None:
-    backend = await connect(slapd, pool=4, timeout=30, max_bind_failures=0)
+def _right(name: str, answer: Grant) -> bool:
+    """Whether these are the rights of the user's own entry and groups."""
+    return answer.attributes.get("uid") == name and names(answer) == ({"sensors"} if name in SENSORS else {"operators"})
 
-    async def one(number: int) -> None:
-        name, wrong = ("alice", b"wrong") if number % 2 else ("carol", b"wrong")
-        login = asyncio.create_task(backend.authenticate(Client(f"c{number}", name), wrong))
-        await asyncio.sleep((number % 13) * 0.0007)
-        login.cancel()
-        await asyncio.gather(login, return_exceptions=True)
 
-    async def honest(number: int) -> None:
-        name, groups = (("alice", {"sensors"}), ("bob", {"operators"}))[number % 2]
-        assert names(await backend.authenticate(Client("h", name), f"{name}-pw".encode())) == groups
+SENSORS = {f"s{number}" for number in range(10)}
+OPERATORS = {f"o{number}" for number in range(10)}
 
-    for start in range(0, 200, 20):
-        await asyncio.gather(*map(one, range(start, start + 20)), *map(honest, range(4)))
+
+@pytest.mark.parametrize("mode", ["search_bind", "direct_bind"])
+@pytest.mark.timeout(600)
+async def test_a42_cancelled_and_interleaved_logins(
+    start_slapd: Any, connect: Open, start_proxy: Any, mode: str
+) -> None:
+    """A-42: 10,000 in the long form, over a pool of eight and a network that is cut now and then: no verdict and no
+    right is ever another's, and nothing is left of those that were cancelled."""
+    directory = start_slapd()
+    admin = directory.connect()
+    for group, members in (("sensors", SENSORS), ("operators", OPERATORS)):
+        for name in sorted(members):
+            dn = f"uid={name},{directory.people_dn}"
+            attributes = {"cn": "x", "sn": "x", "userPassword": f"{name}-pw"}
+            assert admin.add(dn, ["inetOrgPerson"], attributes), admin.result
+            assert admin.modify(f"cn={group},{directory.groups_dn}", {"member": [("MODIFY_ADD", [dn])]}), admin.result
+    admin.unbind()
+    proxy = await start_proxy(directory.port)
+    people = {name: f"{name}-pw".encode() for name in sorted(SENSORS | OPERATORS)}
+    way = {"user_dn": "uid=${username},ou=people,dc=example,dc=com", "bind_dn": "", "bind_password": ""}
+    groups = {
+        "sensors": {"dn": f"cn=sensors,{directory.groups_dn}", "publish": ["own/${attr.uid}"]},
+        "operators": {"dn": f"cn=operators,{directory.groups_dn}", "publish": ["own/${attr.uid}"]},
+    }
+    backend = await connect(
+        directory, servers=[f"ldap://127.0.0.1:{proxy.port}"], mode=mode, pool=8, timeout=20, groups=groups,
+        **(way if mode == "direct_bind" else {}), max_bind_failures=0,
+    )  # fmt: skip
+    judged = cancelled = 0
+    for start in range(0, LOGINS, 500):
+        found = await cancelled_and_interleaved(backend, people, _right, count=500, seed=start)
+        judged, cancelled = judged + found[0], cancelled + found[1]
+        await proxy.cut()
+    assert judged > LOGINS * 0.6
+    assert cancelled > LOGINS / 10
     pool = backend._pool
     async with asyncio.timeout(5):
         while len(pool._links) > len(pool._service) + len(pool._users):  # noqa: ASYNC110 (threads end by themselves)
             await asyncio.sleep(0.01)
-    assert len(pool._service) <= 4
-    assert len(pool._users) <= 4
+    assert len(pool._service) <= 8
+    assert len(pool._users) <= 8
+
+
+async def test_a_directory_compares_for_the_service_account(start_slapd: Any, connect: Open) -> None:
+    """What it stores as text, it compares; what it hashed it does not find again, and its hash is no password."""
+    directory = start_slapd()
+    backend = await connect(directory, mode="compare")
+    assert names(await backend.authenticate(Client("c", "carol"), b"carol-pw")) == {"operators"}
+    assert names(await backend.rules(Client("c", "alice"))) == {"sensors"}
+    for username, password in (("carol", b"alice-pw"), ("carol", b""), ("carol", b"CAROL-PW"), ("carol", b"carol-pw ")):
+        assert await backend.authenticate(Client("c", username), password) is DENY
+    assert await backend.authenticate(Client("c", "nobody"), b"x") is IGNORE
+    stored = "{SSHA}" + base64.b64encode(hashlib.sha1(b"hashed-pwsalt").digest() + b"salt").decode()
+    admin = directory.connect()
+    dn = f"uid=hashed,{directory.people_dn}"
+    assert admin.add(dn, ["inetOrgPerson"], {"cn": "x", "sn": "x", "userPassword": stored})
+    assert admin.compare(dn, "userPassword", stored), "the directory would say yes"
+    admin.unbind()
+    for password in (b"hashed-pw", stored.encode()):
+        assert await backend.authenticate(Client("c", "hashed"), password) is DENY
 
 
 async def test_a14_a_directory_that_falls_silent(start_slapd: Any, gate: Any) -> None:
@@ -354,6 +406,7 @@ async def test_a14_a_directory_that_falls_silent(start_slapd: Any, gate: Any) ->
 
 
 async def test_a15_a_directory_that_is_started_again(start_slapd: Any, gate: Any) -> None:
+    """A-15: within 10 s, without a restart of ours."""
     directory = start_slapd()
     log = await gate(directory, timeout=1)
     assert (await log("alice", b"alice-pw", "c0")).code == 0

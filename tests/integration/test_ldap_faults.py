@@ -14,6 +14,7 @@ from auth.ldap import LdapConfig, open_ldap
 from broker.connectors.ldap_link import MAX_ANSWER
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from tests.integration.fake_ldap import FakeLdap, entry, reference, text, tlv
+from tests.servers import PATIENCE
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
 
@@ -45,6 +46,7 @@ async def authenticate(fake: FakeLdap, username: str = "u", password: bytes = b"
 
 
 async def test_a07_an_empty_password_is_not_even_sent(fake: FakeLdap) -> None:
+    """A-07: although this directory would take it for a success."""
     for more in ({}, {"mode": "direct_bind", "user_dn": "uid=${username},dc=x"}):
         assert await authenticate(fake, password=b"", **more) is DENY
     assert fake.binds == []
@@ -59,6 +61,7 @@ async def test_a_password_that_is_no_text_is_refused_and_is_no_failure(fake: Fak
 
 
 async def test_a08_an_entry_without_a_name_is_refused(fake: FakeLdap) -> None:
+    """A-08: and nobody is bound without a name."""
     for name in ("", " "):
         fake.found = [entry(name, uid="u")]
         assert await authenticate(fake) is DENY
@@ -112,6 +115,7 @@ def test_cleartext_is_for_loopback_or_for_those_who_write_it() -> None:
 
 @pytest.mark.parametrize("name", ["*", "*)(uid=*", "x)(|(uid=*)", "a\\", "(", "\\2a", "a&b", "ü", "a" * 256])
 async def test_a09_on_the_wire_the_name_is_one_value(fake: FakeLdap, name: str) -> None:
+    """A-09: escaped as RFC 4515 says."""
     fake.found = []
     assert await authenticate(fake, name) is IGNORE
     ((tag, parts),) = fake.filters
@@ -134,9 +138,17 @@ async def test_a09_names_that_are_not_looked_up(fake: FakeLdap) -> None:
     ],
 )  # fmt: skip
 async def test_a10_on_the_wire_the_name_is_one_value(fake: FakeLdap, name: str, dn: str) -> None:
+    """A-10: escaped as RFC 4514 says, below the base."""
     fake.bind = lambda dn, password: 49
     assert await authenticate(fake, name, mode="direct_bind", user_dn="uid=${username},dc=x") is DENY
     assert fake.binds == [(dn, b"pw")]
+
+
+async def test_a10_a_name_with_nul_is_not_put_into_a_dn(fake: FakeLdap) -> None:
+    """A-10: NUL can be escaped, but what comes behind it is not what a directory written in C compares."""
+    for name in ("bob\0", "\0", "bob\0,ou=admins"):
+        assert await authenticate(fake, name, mode="direct_bind", user_dn="uid=${username},dc=x") is DENY
+    assert fake.connections == 0
 
 
 async def test_a10_logon_names_hold_no_special_characters(fake: FakeLdap) -> None:
@@ -149,6 +161,7 @@ async def test_a10_logon_names_hold_no_special_characters(fake: FakeLdap) -> Non
 
 
 async def test_a11_nothing_two_or_elsewhere(fake: FakeLdap) -> None:
+    """A-11: a referral is not followed, least of all with credentials."""
     async with FakeLdap() as elsewhere:
         fake.found = []
         assert await authenticate(fake) is IGNORE
@@ -164,6 +177,7 @@ async def test_a11_nothing_two_or_elsewhere(fake: FakeLdap) -> None:
 
 
 async def test_a12_no_password_without_tls(fake: FakeLdap) -> None:
+    """A-12: or there is no login."""
     for code in (0, 52):  # StartTLS answered with yes and then no TLS; refused
         fake.starttls_code = code
         with pytest.raises(BackendUnavailable):
@@ -173,6 +187,7 @@ async def test_a12_no_password_without_tls(fake: FakeLdap) -> None:
 
 
 async def test_a13_searches_run_as_the_service_account_only(fake: FakeLdap) -> None:
+    """A-13: over a pool of four, every other password wrong."""
     fake.bind = lambda dn, password: 0 if password in (b"svc-pw", b"pw") else 49
     backend = await open_ldap(config(fake, pool=4, timeout=10, groups={"g": {"dn": "cn=g,dc=x"}}, max_bind_failures=0))
     results = await asyncio.gather(
@@ -195,6 +210,30 @@ async def test_a14_an_answer_that_does_not_come(fake: FakeLdap, kind: str) -> No
     with pytest.raises(BackendUnavailable):
         await authenticate(fake, timeout=0.3)
     assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bind", "search"])
+async def test_a14_the_deadline_as_it_is_shipped(fake: FakeLdap, kind: str) -> None:
+    """A-14: an error after 3 s, from a directory that would answer after 30 s, and its connection is not used again."""
+
+    async def before(what: str) -> None:
+        if what == kind:
+            await asyncio.sleep(30)
+
+    fake.before = before
+    backend = await open_ldap(LdapConfig.model_validate({**config(fake).model_dump(), "timeout": None}))
+    try:
+        began = time.monotonic()
+        with pytest.raises(BackendUnavailable, match=r"no answer in 3 s|no complete answer in time|timed out"):
+            await backend.authenticate(Client("c", "u"), b"pw")
+        assert 2.5 < time.monotonic() - began <= 3.0 + 0.6 * PATIENCE
+        fake.before = None
+        before_that = fake.connections
+        assert isinstance(await backend.authenticate(Client("c", "u"), b"pw"), Grant)
+        assert fake.connections > before_that
+    finally:
+        await backend.close()
 
 
 async def test_a14_our_side_hangs_up(fake: FakeLdap) -> None:
@@ -255,6 +294,7 @@ async def test_a14_a_connection_lost_in_the_middle_of_an_answer(fake: FakeLdap) 
 
 @pytest.mark.parametrize("shape", ["one", "many", "endless"])
 async def test_a14_an_answer_of_any_size_is_cut_off(fake: FakeLdap, shape: str) -> None:
+    """A-14: a hundred megabytes, one at a time or without end."""
     sent = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -389,3 +429,62 @@ async def test_the_service_account_is_bound_once_a_connection(fake: FakeLdap) ->
     assert fake.connections == 2
     with pytest.raises(BackendUnavailable, match="closed"):
         await backend.authenticate(Client("c", "u"), b"pw")
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+COMPARE = {"mode": "compare"}
+
+
+async def test_the_directory_compares_and_nobody_binds_as_the_user(fake: FakeLdap) -> None:
+    """The value goes as it is, asked by the service account about the entry that was found."""
+    odd = "p\\2aw*(ü".encode()
+    fake.compare = lambda value: 6 if value == odd else 5
+    assert isinstance(await authenticate(fake, password=odd, **COMPARE), Grant)
+    assert await authenticate(fake, password=b"pw", **COMPARE) is DENY
+    assert {name for name, _ in fake.binds} == {"cn=svc"}
+    assert {one[:3] for one in fake.compared} == {("cn=svc", "uid=u,dc=x", "userPassword")}
+    assert await authenticate(fake, password=b"pw", password_attribute="mqttPassword", **COMPARE) is DENY
+    assert fake.compared[-1] == ("cn=svc", "uid=u,dc=x", "mqttPassword", b"pw")
+
+
+@pytest.mark.parametrize(
+    "password",
+    [b"", b"\xff\xfe", b"{SSHA}AAAA", b" {ssha}AAAA", b"{}x", b"$2b$10$abc", b"$argon2id$v=19", b"{CRYPT}$6$x"],
+)
+async def test_what_is_empty_or_looks_like_a_stored_hash_is_never_compared(fake: FakeLdap, password: bytes) -> None:
+    """A-07 for this mode; and a directory that compares letters would let in whoever stole the hash."""
+    fake.compare = lambda value: 6
+    assert await authenticate(fake, password=password, **COMPARE) is DENY
+    assert fake.compared == []
+
+
+@pytest.mark.parametrize(
+    ("code", "ends"),
+    [
+        (5, "deny"), (16, "deny"), (32, "deny"), (50, "right to compare"), (0, "result 0"), (18, "result 18"),
+        (51, "result 51"), (80, "result 80"),
+    ],
+)  # fmt: skip
+async def test_only_a_clear_yes_of_a_comparison_lets_anybody_in(fake: FakeLdap, code: int, ends: str) -> None:
+    fake.compare = lambda value: code
+    if ends == "deny":
+        assert await authenticate(fake, **COMPARE) is DENY
+    else:
+        with pytest.raises(BackendUnavailable, match=ends):
+            await authenticate(fake, **COMPARE)
+
+
+async def test_who_is_not_found_is_not_compared(fake: FakeLdap) -> None:
+    fake.compare = lambda value: 6
+    fake.found = []
+    assert await authenticate(fake, **COMPARE) is IGNORE
+    fake.found = [entry("uid=u,dc=x", uid="u"), entry("uid=u,dc=y", uid="u")]
+    assert await authenticate(fake, **COMPARE) is DENY
+    fake.found = [entry(" ", uid="u")]
+    assert await authenticate(fake, **COMPARE) is DENY
+    assert fake.compared == []
+    with pytest.raises(ValidationError, match="nobody binds"):
+        config(fake, max_bind_failures=3, **COMPARE)
+    with pytest.raises(ValidationError, match="needs one"):
+        config(fake, password_attribute="", **COMPARE)

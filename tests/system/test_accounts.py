@@ -264,7 +264,7 @@ def test_a_banned_clients_will_is_not_published(tmp_path: Path) -> None:
 
 
 def test_z33_a_ban_by_user_name_ends_every_session_of_that_user_at_once(tmp_path: Path) -> None:
-    """Whatever the protocol version and the way in; MQTT 5 is told, and none of the wills is published (Z-12)."""
+    """Z-33: whatever the protocol version and the way in; MQTT 5 is told, and none of the wills is published (Z-12)."""
     running = Broker(tmp_path)
     for name, text in prepared(tmp_path, FILE + '[listeners.ws]\nbind = "127.0.0.1:0"\n').items():
         running.write(name, text)

@@ -168,6 +168,7 @@ class Dev(Publisher):
 
 @pytest.mark.parametrize("name", PLACES)
 def test_z23_a_change_in_the_database_reaches_who_is_connected(tmp_path: Path, name: str) -> None:
+    """Z-23: as soon as the event, or the age, says."""
     with PLACES[name]() as place:
         base = OPEN.replace("allow_anonymous = true", "").replace('no_match = "allow"', "")
         with broker(tmp_path, {"00.toml": base, "10.toml": place.table}) as running:

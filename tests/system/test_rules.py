@@ -119,6 +119,8 @@ async def verdicts(to: str, name: str) -> dict[str, Any]:
 
 
 def test_z27_the_same_rules_on_every_way_in(running: Broker) -> None:
+    """Z-27: TCP, WebSocket and Unix socket."""
+
     async def main() -> list[dict[str, Any]]:
         return [await verdicts(to, f"dev-{way}") for way, to in ways(running).items()]
 
@@ -138,6 +140,8 @@ def test_z27_the_same_rules_on_every_way_in(running: Broker) -> None:
 @pytest.mark.parametrize("version", [4, 5])
 @pytest.mark.parametrize("way", ["tcp", "ws"])
 def test_z25_what_is_denied_reaches_nobody_and_is_counted(running: Broker, way: str, version: int) -> None:
+    """Z-25: on every version and QoS."""
+
     async def main() -> None:
         to = ways(running)[way]
         watcher = await login(to, "root", f"watch-{version}-{way}")
@@ -232,7 +236,8 @@ def test_z25_who_is_denied_is_disconnected_where_that_is_wanted(tmp_path: Path, 
 
 
 def test_z24_who_tries_ten_thousand_denied_topics_a_second_costs_the_others_nothing(tmp_path: Path) -> None:
-    """The backend is asked once, at the login: topics are judged by local rules. Beyond the rate nothing is read."""
+    """Z-24: the backend is asked once, at the login, for topics are judged by local rules; beyond the rate nothing is
+    read."""
 
     async def main(running: Broker) -> tuple[Canary, float, dict[str, Any]]:
         loop = asyncio.get_running_loop()

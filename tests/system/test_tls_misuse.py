@@ -180,7 +180,7 @@ async def test_p68_a_flood_of_key_updates_costs_no_memory_and_delays_nobody(
             f"P-68: {sent / seconds:.0f} key updates a second ({count} asked for), {cpu(running.pid) - used:.1f} s of "
             f"a processor, memory +{growth / 1e6:.2f} MB, canary {canary.slowest * 1000:.0f} ms"
         )
-        assert sent / seconds > 5_000 / PATIENCE, "that is no flood"
+        assert sent / seconds > 10_000 / PATIENCE, "that is no flood"
         assert growth <= 5 * MEGABYTE
         assert canary.slowest <= 1.0 * PATIENCE
         canary.conn.abort()
