@@ -109,7 +109,9 @@ class WebSocket(Section):
     """Path of the URL a client must ask for."""
     origins: tuple[str, ...] = ("*",)
     """Web sites whose pages may connect, e.g. ``https://app.example.com``; ``*`` is any. Programs that send no Origin
-    are not affected."""
+    are not affected, see `origin_required`."""
+    origin_required: bool = False
+    """Whether who sends no Origin is refused: a listener for browsers alone."""
 
     @field_validator("origins")
     @classmethod

@@ -160,6 +160,9 @@ class LimitsConfig(Section):
     """User properties of one packet."""
     max_keepalive: Annotated[Duration, Field(ge=1, le=65_535 * 2)] = 72_000.0
     """Longest keep-alive a client may ask for; MQTT 5 clients are told, 0 and longer ones are cut to it."""
+    max_keepalive_policy: Literal["enforce", "refuse"] = "enforce"
+    """What becomes of a client of MQTT 3 that asks for a longer one and cannot be told: enforce (closed after one and a
+    half times the longest without a packet) | refuse (return code 2)."""
     topic_alias_maximum: int = Field(default=16, ge=0, le=65_535)
     """Topic aliases a client may use towards the broker."""
     max_retained_messages: int = Field(default=1_000_000, ge=0, le=1_000_000_000)

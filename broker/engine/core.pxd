@@ -17,6 +17,7 @@ cdef class Limits:
     cdef public int max_subscriptions
     cdef public int max_user_properties
     cdef public double max_keepalive
+    cdef public str max_keepalive_policy
     cdef public int topic_alias_maximum
     cdef public Py_ssize_t max_retained_messages
     cdef public Py_ssize_t max_retained_bytes

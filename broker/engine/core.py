@@ -33,6 +33,7 @@ class Limits:
         self.max_subscriptions = 1000
         self.max_user_properties = 64
         self.max_keepalive = 72000.0
+        self.max_keepalive_policy = "enforce"
         self.topic_alias_maximum = 16
         self.max_retained_messages = 1_000_000
         self.max_retained_bytes = 1 << 30

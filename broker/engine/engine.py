@@ -121,7 +121,7 @@ class Engine:
         client_id: str = connect.client_id
         if not client_id:
             client_id = principal.clientid = f"auto-{uuid.uuid4().hex}"  # [MQTT-3.1.3-6]
-        code = self._admit(channel, client_id, connect.will, principal)
+        code = self._admit(channel, client_id, connect, principal)
         if code:
             channel.refuse(code)
             return
@@ -166,17 +166,21 @@ class Engine:
             session.note_life(True)
         self._welcome(channel, session, connack)
 
-    def _admit(self, channel: Channel, client_id: str, will: Any, principal: Any) -> int:
+    def _admit(self, channel: Channel, client_id: str, connect: Any, principal: Any) -> int:
         """0 when this client gets in, and then nobody else is connected with its id; else a reason code."""
         if client_id.startswith(RESERVED) and not principal.privileged:
             return 0x85
+        core = self.core
         session = self.sessions.get(client_id)
-        shared = self.core.limits.shared_client_ids or principal.privileged
+        shared = core.limits.shared_client_ids or principal.privileged
         if session is not None and not shared and session.owner != principal.username:
             self.report("client_id_taken", f"client id {client_id!r} belongs to another user; {channel.peer} refused")
             return 0x85
-        if will is not None and not self.wills.may_leave(principal, will):
+        if connect.will is not None and not self.wills.may_leave(principal, connect.will):
             return 0x87
+        strict = core.limits.max_keepalive_policy == "refuse" and not channel.v5
+        if strict and connect.keep_alive != self._keep_alive_of(connect, principal):
+            return 0x85
         older = self._claims.get(client_id) or (session.channel if session is not None else None)
         if older is not None:
             if not self._may_take_over(client_id):
@@ -221,15 +225,18 @@ class Engine:
             expiry = 0.0 if connect.clean_start else longest
         return longest if expiry > longest and not principal.privileged else expiry
 
+    def _keep_alive_of(self, connect: Any, principal: Any) -> int:
+        """Seconds, 0 for no end: what the client asks for, or the longest it may."""
+        asked: int = connect.keep_alive
+        longest = 65535 if principal.privileged else self.core.limits.max_keepalive
+        return int(longest) if longest < 65535 and (asked == 0 or asked > longest) else asked
+
     def _agree(self, channel: Channel, session: Session, connect: Any, principal: Any) -> int | None:
         """Put in force what CONNECT wants, within our limits; returns the keep-alive the client is to take instead."""
         limits = self.core.limits
         props: Properties | None = connect.properties
-        keep_alive = connect.keep_alive
-        server_keep_alive = None
-        longest = 65535 if principal.privileged else limits.max_keepalive
-        if longest < 65535 and (keep_alive == 0 or keep_alive > longest):
-            server_keep_alive = keep_alive = int(longest)  # [MQTT-3.2.2-21]
+        keep_alive = self._keep_alive_of(connect, principal)
+        server_keep_alive = keep_alive if keep_alive != connect.keep_alive else None  # [MQTT-3.2.2-21]
         channel.keep_alive = keep_alive * 1.5  # [MQTT-3.1.2-22]
         session.window = 65535 if principal.privileged else limits.max_inflight
         session.max_packet = 268_435_460

@@ -203,9 +203,13 @@ class Admission:
             return None
 
     def origin_allowed(self, origins: list[str]) -> bool:
-        """Whether a page from there may connect. Programs send no Origin and are not affected. RFC 6455 10.2."""
+        """Whether a page from there may connect, or a program, which sends no Origin. RFC 6455 10.2."""
         config = self.config
-        if not origins or not isinstance(config, WebSocket) or "*" in config.origins:
+        if not isinstance(config, WebSocket):
+            return True
+        if not origins:
+            return not config.origin_required
+        if "*" in config.origins:
             return True
         return len(origins) == 1 and origins[0].lower() in {origin.lower() for origin in config.origins}
 

@@ -292,7 +292,7 @@ class WebSocketProtocol(WSProtocol):  # type: ignore[misc]
         if path != self.owner.ws_path:
             return self._refuse(HTTPStatus.NOT_FOUND, "asked for another path")
         if not self.owner.origin_allowed(headers.getall("Origin", [])):
-            return self._refuse(HTTPStatus.FORBIDDEN, "comes from a web site that is not in origins")
+            return self._refuse(HTTPStatus.FORBIDDEN, "comes from no web site that is in origins")
         offered = ",".join(headers.getall("Sec-WebSocket-Protocol", []))
         if not offered.isascii() or SUBPROTOCOL not in [name.strip() for name in offered.split(",")]:
             return self._refuse(HTTPStatus.BAD_REQUEST, "does not offer the sub-protocol mqtt")  # [MQTT-6.0.0-3]

@@ -245,9 +245,9 @@ def test_c14_syntax_errors_and_duplicate_keys_name_the_line(
 )
 def test_c14_ten_thousand_levels_are_refused_at_once_and_cheaply(problems: Problems, text: str) -> None:
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.process_time()
     found = problems(a=text)
-    took = time.monotonic() - started
+    took = time.process_time() - started
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert "nested more than" in found[0]
@@ -263,11 +263,11 @@ def test_c14_brackets_in_strings_and_comments_are_not_depth(load: Load) -> None:
 
 def test_c14_a_fragment_full_of_tables_is_read_in_time(conf: Path) -> None:
     (conf / "a.toml").write_text("".join(f'[auth.a{n}]\nkind = "x"\nl = [1, {{ a = 2 }}]\n' for n in range(15_000)))
-    started = time.monotonic()
+    started = time.process_time()
     tree = read(conf, environ={})
     assert not tree.problems
     assert tree.origin(("auth", "a14999", "l", 1, "a")) == "conf.d/a.toml:45000"
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_lines_are_found_for_every_way_to_write_a_key() -> None:

@@ -186,6 +186,13 @@ def test_p63_keep_alive_is_bounded_by_the_server(asked: int, given: int | None) 
     assert closed_with(four, 0x8D)
 
 
+@pytest.mark.parametrize(("asked", "code"), [(0, 2), (65_535, 2), (301, 2), (300, 0), (1, 0)])
+def test_p63_a_client_of_mqtt_3_may_be_refused_instead(asked: int, code: int) -> None:
+    bench = Bench(max_keepalive=300, max_keepalive_policy="refuse")
+    assert bench.client("four", keep_alive=asked).connack.code == code
+    assert bench.client("five", version=5, keep_alive=asked).connack.code == 0
+
+
 def test_p63_without_a_bound_keep_alive_0_means_never(bench: Bench) -> None:
     client = bench.client("c", version=5)
     assert client.connack.properties.server_keep_alive is None

@@ -163,6 +163,13 @@ async def test_p75_only_listed_origins_may_connect(listeners: Any, connect: Any,
     assert (await status(await connect(ws), request(**headers)))[0] == code
 
 
+@pytest.mark.parametrize(("origin", "code"), [("https://app.example.com", 101), (None, 403)])
+async def test_p75_a_listener_for_browsers_alone(listeners: Any, connect: Any, origin: str | None, code: int) -> None:
+    ws = await listeners.open("app", config("ws", origin_required=True))
+    headers = {} if origin is None else {"Origin": origin}
+    assert (await status(await connect(ws), request(**headers)))[0] == code
+
+
 async def test_p74_an_upgrade_that_never_comes_is_closed_at_the_deadline(
     listeners: Any, engine: Engine, connect: Any
 ) -> None:
