@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -13,16 +15,17 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
 from broker.extend.sink import Fatal, NotConnected
-from sinks import _kafka_log
+from sinks import _kafka_connection, _kafka_log
 from sinks._kafka_diagnosis import Diagnosis
+from sinks._kafka_ending import Ending
 from sinks._kafka_security import Sasl, Tls, driver_options, token_provider
 
 _log = logging.getLogger("sinks.kafka")
 
 _METADATA_EVERY_MS = 60_000
 _MISSING_FOR = 30.0  # seconds until a missing topic is a mistake and not a topic about to be made
-_FLUSH, _ABANDON = 2.0, 1.0  # close() takes _FLUSH + 2 * _ABANDON seconds at most
 
+_kafka_connection.install()
 _kafka_log.install()
 
 
@@ -42,7 +45,7 @@ class Cluster:
         self._options = producer_options
         self._opening = asyncio.Lock()
         self._producer: AIOKafkaProducer | None = None
-        self._ending: dict[asyncio.Task[None], AIOKafkaProducer] = {}
+        self._ending = Ending()
         self._partitions: dict[str, int] = {}
         self._missing: dict[str, float] = {}
 
@@ -55,18 +58,25 @@ class Cluster:
                 self._producer = await self._open()
             return self._producer
 
-    def consumer(self) -> AIOKafkaConsumer:
-        """One that sees what is committed, not started yet."""
-        return AIOKafkaConsumer(
-            bootstrap_servers=self._servers, isolation_level="read_committed", enable_auto_commit=False,
-            request_timeout_ms=int(self._timeout * 1000), **self._security(),
+    @asynccontextmanager
+    async def consumer(self, committed: bool) -> AsyncIterator[AIOKafkaConsumer]:
+        """One that reads what is committed, or everything, from where it is told to."""
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._servers, isolation_level="read_committed" if committed else "read_uncommitted",
+            enable_auto_commit=False, auto_offset_reset="none", request_timeout_ms=int(self._timeout * 1000),
+            **self._security(),
         )  # fmt: skip
+        try:
+            await consumer.start()
+            yield consumer
+        finally:
+            await self._ending.leave(consumer)
 
     def discard(self, producer: AIOKafkaProducer) -> None:
         """A batch of it failed, so its sequence numbers have a hole: what it still holds is finished, then it ends."""
         if self._producer is producer:
             self._producer = None
-            self._end(producer)
+            self._ending.end(producer)
 
     async def partitions(self, producer: AIOKafkaProducer, topic: str) -> int:
         """How many partitions the topic has. Raises NotConnected, or Fatal when it is not ours or missing for long."""
@@ -113,21 +123,10 @@ class Cluster:
                 raise Fatal(f"Kafka has no topic {topic!r}, or we may not see it: create it or allow it")
 
     async def close(self) -> None:
-        """What is on its way gets two seconds, then it is abandoned: the queue it came from still has it."""
+        """Within four seconds."""
         if self._producer is not None:
             self.discard(self._producer)
-        if self._ending:
-            await asyncio.wait(self._ending, timeout=_FLUSH)
-        for producer in self._ending.values():  # there is no public way to make it give up
-            producer._message_accumulator.fail_all(KafkaError("closed"))
-        if self._ending:
-            await asyncio.wait(self._ending, timeout=_ABANDON)
-        left = dict(self._ending)
-        for task in left:
-            task.cancel()
-        closing = [*left, *(asyncio.ensure_future(producer.client.close()) for producer in left.values())]
-        if closing:
-            await asyncio.wait(closing, timeout=_ABANDON)
+        await self._ending.close()
 
     async def _look_up(self, producer: AIOKafkaProducer, topic: str) -> set[int]:
         client = producer.client
@@ -169,13 +168,3 @@ class Cluster:
             await producer.stop()
             raise
         return producer
-
-    def _end(self, producer: AIOKafkaProducer) -> None:
-        task = asyncio.create_task(producer.stop())
-        self._ending[task] = producer
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._ending.pop(task, None)
-        if not task.cancelled() and task.exception() is not None:
-            _log.debug("a producer did not end well: %s", task.exception())

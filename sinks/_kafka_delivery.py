@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import IllegalOperation, KafkaError
 
 from broker.extend.sink import Fatal, NotConnected, Record
 from sinks._kafka_client import Cluster
@@ -139,7 +139,7 @@ class Delivery:
                     await part.send()
                     handed.append(part)
                     self.sent.append(part)
-        except (KafkaError, TimeoutError, AssertionError) as error:  # the last: a partition that is no more
+        except (KafkaError, IllegalOperation, TimeoutError, AssertionError) as error:  # last: a partition is no more
             if verdict(error) is not Verdict.RESEND:
                 raise NotConnected(f"Kafka takes no batch: {describe(error)}") from error
             self._cluster.discard(part.producer)

@@ -55,6 +55,7 @@ _RESEND = (
     errors.InvalidProducerEpoch,
     errors.ProducerFenced,
     errors.ProducerClosed,
+    errors.IllegalOperation,  # the driver's transaction ended under our hands: it was fenced
 )
 _CREDENTIALS = (
     errors.SaslAuthenticationFailed,

@@ -44,6 +44,11 @@ class Part:
         return self.future.done()
 
     @property
+    def offset(self) -> int:
+        """Where a stored part begins; -1 if Kafka had it already and does not tell."""
+        return int(getattr(self.future.result(), "offset", -1))
+
+    @property
     def error(self) -> BaseException | None:
         """How an answered part failed; None when it is stored."""
         return asyncio.CancelledError() if self.future.cancelled() else self.future.exception()

@@ -4,7 +4,8 @@ Theory of operation. Whoever opens a producer with our transactional id ends wha
 first finishes what was being committed, aborts the rest and refuses everything the earlier one may still send. So
 after every doubt - no answer to a commit, a failed record, a crash - the way is the same: a new producer, and then the
 newest note, which says what of the batch that comes again is stored. A note holds the message ids of this write and of
-the one before it: the broker has every acknowledgement but the last write's on disk.
+the one before it: the broker has every acknowledgement but the last write's on disk. A batch counts as stored when each
+partition has the end of its transaction; what a predecessor's lacks is written first (`Unfinished` says why).
 
 A refused record fails its transaction. The records are then cut in halves, each a transaction of its own, in order.
 """
@@ -23,11 +24,13 @@ from sinks._kafka_client import Cluster
 from sinks._kafka_delivery import Delivery
 from sinks._kafka_errors import TOO_LARGE, Verdict, describe, verdict
 from sinks._kafka_layout import Layout
-from sinks._kafka_notes import Notes
-from sinks._kafka_part import Part
+from sinks._kafka_notes import Note, Notes
+from sinks._kafka_part import Part, Place
+from sinks._kafka_unfinished import Unfinished
 
 _RESENDS = 3  # through a new producer each time
 _ABORT_WITHIN = 2.0  # seconds; the next producer aborts what we could not
+_SETTLED_WITHIN = 5.0  # seconds; the next producer writes the ends that Kafka has lost
 _SPENT = (
     "Kafka let another producer take our place again and again: each sink of each broker needs a `transactional_id` of "
     "its own, and a transaction less than `transaction_timeout`"
@@ -46,6 +49,7 @@ class Transactions:
         self._layout = layout
         self._notes = notes
         self._timeout = timeout
+        self._unfinished = Unfinished(notes)
         self._producer: AIOKafkaProducer | None = None
         """The one whose notes we know: while it lasts nobody else writes any."""
         self._before: list[str] = []
@@ -91,7 +95,13 @@ class Transactions:
     async def _open(self, batch: Sequence[Record]) -> AIOKafkaProducer:
         producer = await self._cluster.producer()
         if producer is not self._producer:
-            self._before = await self._notes.read(producer)
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._unfinished.finish(producer)
+                self._before = await self._notes.read(producer)
+            except (KafkaError, TimeoutError, AssertionError) as error:  # the last: the driver's transaction is over
+                self._cluster.discard(producer)
+                raise NotConnected(f"Kafka's last transaction could not be ended: {describe(error)}") from error
             self._begin(batch)
             self._producer = producer
         return producer
@@ -107,20 +117,26 @@ class Transactions:
     async def _transact(self, producer: AIOKafkaProducer, delivery: Delivery, todo: Sequence[int]) -> list[Part]:
         """One transaction. It is committed unless parts of it are answered, which failed."""
         try:
+            topics = await delivery.topics(producer, todo)
             async with asyncio.timeout(self._timeout):
+                await self._unfinished.make_sound(producer, topics)
                 await producer.begin_transaction()
-            left = todo
+            left, stored = todo, dict[Place, int]()
             while left:
-                parts, later = delivery.lay_out(producer, left, await delivery.topics(producer, left))
+                parts, later = delivery.lay_out(producer, left, topics)
                 if bad := await self._hand_over(delivery, parts):
                     return bad
+                for part in parts:
+                    stored.setdefault(part.place, part.offset)
                 left = sorted(later)
             ids = [ident for p in todo if p not in delivery.failed and (ident := delivery.batch[p].msgid) is not None]
-            note = await self._notes.part(producer, [*self._before, *self._now, *ids])
+            note = await self._notes.part(producer, Note([*self._before, *self._now, *ids], stored))
             if bad := await self._hand_over(delivery, [note]):
                 raise _outcome(bad)
             async with asyncio.timeout(self._timeout):
                 await producer.commit_transaction()
+            async with asyncio.timeout(_SETTLED_WITHIN):
+                await self._unfinished.settled(producer, [*stored, self._notes.place])
         except ProducerFenced as error:
             raise _Spent from error
         except (KafkaError, TimeoutError, AssertionError) as error:  # the last: the driver's transaction is over

@@ -17,46 +17,67 @@ from broker.extend.sink import Record
 
 _LARGEST = 16 << 20
 """Bytes of a document MongoDB takes."""
+UNFIT = (BSONError, OverflowError, RecursionError, UnicodeEncodeError)
+"""What the driver raises for a document that BSON cannot hold."""
+_NEVER_BYTES = frozenset(f"${{{name}}}" for name in ("topic", "clientid", "username", "peerhost", "msgid", "qos", "ts"))
 
 
 class Documents:
     """Renders records. Raises ValueError for one that no server would take: it is known before anything is sent."""
 
     def __init__(self, fields: Mapping[str, Template], *, dates: Collection[str], documents: Collection[str]) -> None:
-        self._fields: list[tuple[str, Render, Callable[[Any], Any]]] = [
-            (name, compile_template(template), _date if name in dates else _nested if name in documents else _plain)
+        self._fields: list[tuple[str, Render]] = [
+            (name, _converted(template, _date if name in dates else _nested if name in documents else None))
             for name, template in fields.items()
         ]
 
     def values(self, record: Record) -> dict[str, Any]:
         """Field -> value."""
-        found = {}
-        for name, render, convert in self._fields:
-            value = render(record)
-            if value is not None:
-                try:
-                    value = convert(value)
-                except (ValueError, OverflowError) as error:
-                    raise ValueError(f"{name}: {error}") from None
-            found[name] = value
+        try:
+            found = {name: find(record) for name, find in self._fields}
+        except (ValueError, OverflowError):
+            raise ValueError(self._why_not(record)) from None
         if found.get("_id", 0) is None:
             del found["_id"]  # nobody vouches for a message id: the server makes one
         return found
+
+    def _why_not(self, record: Record) -> str:
+        for name, find in self._fields:
+            try:
+                find(record)
+            except (ValueError, OverflowError) as error:
+                return f"{name}: {error}"
+        return "a value cannot be converted"
 
 
 def encoded(values: Mapping[str, Any]) -> bytes:
     """The document in BSON; ValueError when it cannot be one."""
     try:
         document = bson.encode(values)
-    except (BSONError, OverflowError, RecursionError) as error:
+    except UNFIT as error:
         raise ValueError(str(error)) from None
     if len(document) > _LARGEST:
         raise ValueError(f"it has {len(document)} bytes, MongoDB takes {_LARGEST}")
     return document
 
 
+def _converted(template: Template, convert: Callable[[Any], Any] | None) -> Render:
+    """A missing value stays None."""
+    render = compile_template(template)
+    if convert is None:
+        if template.text in _NEVER_BYTES:
+            return render
+        convert = _plain
+
+    def value(record: Record) -> Any:
+        found = render(record)
+        return None if found is None else convert(found)
+
+    return value
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
+    if type(value) is bytes:
         try:
             return value.decode()
         except UnicodeDecodeError:

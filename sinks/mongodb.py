@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-from bson.raw_bson import RawBSONDocument
 from pydantic import Field, model_validator
-from pymongo import InsertOne, UpdateOne
+from pymongo import UpdateOne
 
 from broker.config.template import Template
 from broker.config.types import Duration
@@ -16,14 +15,12 @@ from broker.extend.auth import BackendUnavailable
 from broker.extend.record import RecordTemplate
 from broker.extend.registry import Backend
 from broker.extend.sink import Fatal, NotConnected, Record, SinkConfig
-from sinks._mongodb_documents import Documents, encoded
+from sinks._mongodb_documents import UNFIT, Documents, encoded
+from sinks._mongodb_errors import AGAIN, DUPLICATE, pattern
 from sinks._progress import Progress, Work
 
 T = TypeVar("T")
-_AGAIN = {6, 7, 24, 43, 50, 64, 79, 89, 91, 100, 112, 146, 189, 225, 237, 262, 358, 384, 10107, 11600, 11602, 13435,
-          13436, 14031, 16500}  # fmt: skip
-"""HostUnreachable and the like, elections, time limits, lock and write conflicts, no space, no memory, throttled."""
-_DUPLICATE = {11000, 11001, 12582}
+_NONE = "is no document for MongoDB"
 
 
 class MongodbConfig(mongodb.MongoServer, SinkConfig):
@@ -93,23 +90,7 @@ class Mongodb:
         with self._progress.of(batch) as work:
             if not self._ready:
                 await self._make_series()
-            writes: dict[int, mongodb.Write] = {}
-            waiting: dict[int | bytes, list[int]] = {}  # by the document that is meant, the newest last
-            for position in work.todo:
-                try:
-                    key, writes[position] = self._write(batch[position])
-                except (LookupError, TypeError, ValueError) as error:
-                    work.refuse(position, f"is no document for MongoDB: {error}")
-                else:
-                    waiting.setdefault(key or position, []).append(position)
-            while waiting:  # once, but where the newest was refused: then the one before it
-                newest = [positions.pop() for positions in waiting.values()]
-                refused = await self._store(work, {position: writes[position] for position in newest})
-                for position, older in zip(newest, waiting.values(), strict=True):
-                    if position not in refused:
-                        work.stored(older)
-                        older.clear()
-                waiting = {key: positions for key, positions in waiting.items() if positions}
+            await (self._upsert(work) if self._config.mode == "upsert" else self._insert(work))
 
     async def check(self) -> None:
         if self._config.mode == "time_series":
@@ -120,12 +101,53 @@ class Mongodb:
     async def close(self) -> None:
         await self._pool.close()
 
-    def _write(self, record: Record) -> tuple[bytes, mongodb.Write]:
-        """The key of the document that is meant, empty for a new one, and how it is stored."""
+    async def _insert(self, work: Work) -> None:
+        positions, documents = [], []
+        for position in work.todo:
+            try:
+                documents.append(self._documents.values(work.batch[position]))
+            except (LookupError, TypeError, ValueError) as error:
+                work.refuse(position, f"{_NONE}: {error}")
+            else:
+                positions.append(position)
+        try:
+            await self._store(work, positions, documents)
+        except UNFIT:  # the driver encodes them all at once: which was it?
+            fit = []
+            for position, document in zip(positions, documents, strict=True):
+                try:
+                    encoded(document)
+                except ValueError as error:
+                    work.refuse(position, f"{_NONE}: {error}")
+                else:
+                    fit.append((position, document))
+            if len(fit) == len(positions):
+                raise
+            await self._store(work, [position for position, _ in fit], [document for _, document in fit])
+
+    async def _upsert(self, work: Work) -> None:
+        writes: dict[int, UpdateOne] = {}
+        waiting: dict[bytes, list[int]] = {}  # by the document that is meant, the newest last
+        for position in work.todo:
+            try:
+                key, writes[position] = self._update(work.batch[position])
+            except (LookupError, TypeError, ValueError) as error:
+                work.refuse(position, f"{_NONE}: {error}")
+            else:
+                waiting.setdefault(key, []).append(position)
+        while waiting:  # once, but where the newest was refused: then the one before it
+            newest = [positions.pop() for positions in waiting.values()]
+            refused = await self._store(work, newest, [writes[position] for position in newest])
+            for position, older in zip(newest, waiting.values(), strict=True):
+                if position not in refused:
+                    work.stored(older)
+                    older.clear()
+            waiting = {key: positions for key, positions in waiting.items() if positions}
+
+    def _update(self, record: Record) -> tuple[bytes, UpdateOne]:
+        """The key of the document that is meant, and what becomes of it."""
         values = self._documents.values(record)
-        document = encoded(values)
-        if self._config.mode != "upsert":
-            return b"", InsertOne(RawBSONDocument(document))
+        encoded(values)
         keys = {name: values.pop(name) for name in self._config.upsert_by}
         for name, value in keys.items():
             if value is None:
@@ -134,10 +156,12 @@ class Mongodb:
         wanted = {name: {"$eq": value} for name, value in keys.items()}
         return encoded(keys), UpdateOne(wanted, {"$set": values}, upsert=True)
 
-    async def _store(self, work: Work, writes: Mapping[int, mongodb.Write]) -> set[int]:
+    async def _store(self, work: Work, positions: list[int], writes: list[Any]) -> set[int]:
         """One bulk write. Answers the positions that were refused; raises for what is to come again."""
-        positions = list(writes)
-        errors = await self._ask(self._pool.write(self._config.collection, list(writes.values())))
+        if not writes:
+            return set()
+        send = self._pool.write if self._config.mode == "upsert" else self._pool.insert
+        errors = await self._ask(send(self._config.collection, writes))
         failed = {positions[error["index"]]: error for error in errors if not self._is_stored(error)}
         work.stored([position for position in positions if position not in failed])
         trouble: Exception | None = None
@@ -145,7 +169,7 @@ class Mongodb:
             code, text = error.get("code", 0), f"MongoDB: {error.get('errmsg')} (code {error.get('code')})"
             if code in mongodb.REJECTED:
                 trouble = Fatal(text)
-            elif code in _AGAIN or (code in _DUPLICATE and set(_pattern(error)) <= set(self._config.upsert_by)):
+            elif code in AGAIN or (code in DUPLICATE and set(pattern(error)) <= set(self._config.upsert_by)):
                 trouble = trouble or NotConnected(text)
             else:
                 work.refuse(position, text)
@@ -155,7 +179,7 @@ class Mongodb:
 
     def _is_stored(self, error: Mapping[str, Any]) -> bool:
         """Whether it says that a document with this `_id` is there: it came before."""
-        return self._config.mode != "upsert" and error.get("code") in _DUPLICATE and _pattern(error) == ["_id"]
+        return self._config.mode != "upsert" and error.get("code") in DUPLICATE and pattern(error) == ["_id"]
 
     async def _is_series(self) -> bool:
         name = self._config.collection
@@ -186,14 +210,6 @@ class Mongodb:
 
 async def open_mongodb(config: MongodbConfig) -> Mongodb:
     return Mongodb(config, mongodb.MongoPool(config, size=config.lanes, timeout=config.timeout))
-
-
-def _pattern(error: Mapping[str, Any]) -> list[str]:
-    """The fields of the unique index that refused a document."""
-    pattern = error.get("keyPattern")
-    if isinstance(pattern, Mapping):
-        return list(pattern)
-    return ["_id"] if "index: _id_ " in str(error.get("errmsg")) else ["?"]
 
 
 BACKEND = Backend("sinks.mongodb", MongodbConfig, open_mongodb, extra="mongodb")

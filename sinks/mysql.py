@@ -15,14 +15,13 @@ from broker.connectors.sql_sink import Poison, TableConfig, TableSink, choose_ke
 from broker.extend.auth import BackendUnavailable
 from broker.extend.registry import Backend
 from broker.extend.sink import Fatal
+from sinks._mysql_statements import Statements
 from sinks._mysql_types import converter
 
 _SIZES = (4096, 512, 64, 8, 1)  # rows of the statements that are prepared
 _MOST_VALUES = 65_535  # of one statement: its protocol counts them in two bytes
-_POISON = frozenset({
-    1048, 1062, 1216, 1264, 1265, 1292, 1366, 1367, 1406, 1411, 1416, 1452, 1526, 1644, 1690, 3140, 3141, 3156, 3819,
-    3903, 4025,
-})  # fmt: skip
+_POISON = frozenset({1048, 1062, 1216, 1264, 1265, 1292, 1366, 1367, 1406, 1411, 1416, 1452, 1526, 1644, 1690, 3140,
+                     3141, 3156, 3819, 3903, 4025})  # fmt: skip
 """A null, a value out of range or too long, no JSON, a CHECK, a foreign key, a trigger that says no."""
 _LATER = frozenset({3, 1021, 1028, 1030, 1037, 1038, 1040, 1041, 1114, 1180, 1203, 1205, 1206, 1213, 1226, 1317, 1969,
                     3024})  # fmt: skip
@@ -31,6 +30,8 @@ _ELSEWHERE = frozenset({1290, 1792, 1836})
 """A server that only reads: after a switch another one is asked."""
 _FATAL = frozenset({1044, 1045, 1046, 1049, 1054, 1064, 1142, 1143, 1146, 1227, 1347, 1348, 1364, 1471})
 _ROW = re.compile(r"at row ([0-9]+)$")
+_DUPLICATE = 1062
+_OTHER = "another unique index holds such a row already"
 
 
 class MysqlConfig(TableConfig, MySqlServer):
@@ -38,18 +39,19 @@ class MysqlConfig(TableConfig, MySqlServer):
 
 
 class Mysql(TableSink):
-    """Reads the table's columns once, then one transaction of multi-row INSERTs for a batch."""
+    """Reads the table's columns once, then one transaction of multi-row INSERTs for a batch. Row by row where a row is
+    to be updated and could be found by another unique index than that of the key."""
 
     def __init__(self, config: MysqlConfig, pool: MySqlPool) -> None:
         super().__init__(config, pool)
         self._config = config
         schema, _, self._name = config.table.rpartition(".")
         self._schema = schema or None
-        self._table = ".".join(map(_quoted, config.table.split(".")))
         self._names = list(config.columns)
         self._key: tuple[str, ...] = ()
-        self._look_again, self._updates = False, config.on_conflict == "update"
-        self._again = ""
+        self._look_again = self._singly = False
+        self._sql = Statements(config.table, self._names, (), ())
+        self._insert = self._sql.insert
         self._largest = 1 << 20
 
     async def _plan(self, link: Any, explain: bool) -> list[Cell]:
@@ -58,14 +60,22 @@ class Mysql(TableSink):
             found, unique, other = await describe(link, self._schema, self._name)
             cells = self._cells_of(found)
             self._key = choose_key(config, unique)
-            ours = frozenset(self._names)
+            counted = {name for name, column in found.items() if "auto_increment" in column[3]} - set(self._names)
             self._look_again = bool(self._key) and any(
-                set(columns) != set(self._key) and columns & ours for columns in [*unique, *other]
+                index != frozenset(self._key) and not index & counted for index in [*unique, *other]
             )
-            self._again = self._on_conflict()
+            rest = [name for name in self._names if name not in self._key]
+            changed = rest if config.on_conflict == "update" else []
+            self._sql = Statements(config.table, self._names, self._key, changed)
+            # two rows may be meant, and MySQL would change the one whose index it looks at first
+            self._singly = bool(changed) and self._look_again
+            plain = self._singly or config.on_conflict == "error"
+            self._insert = self._sql.insert if plain else self._sql.upsert
             [[self._largest]] = await link.ask("SELECT @@max_allowed_packet")
             if explain:  # which also looks at the rights
-                await link.ask(f"EXPLAIN {self._statement(1)}", (None,) * len(cells))
+                await link.ask(f"EXPLAIN {self._insert(1)}", (None,) * len(cells))
+                if self._singly:
+                    await link.ask(f"EXPLAIN {self._sql.update()}", (None,) * len(cells))
         except (errors.MySQLError, *BROKEN) as error:
             raise self._sorted(error, link, 0) from None
         return cells
@@ -85,29 +95,6 @@ class Mysql(TableSink):
             cells.append(Cell(name, template, converter(kind, whole_type, template), required))
         return cells
 
-    def _on_conflict(self) -> str:
-        if self._config.on_conflict == "error":
-            return ""
-        rest = [name for name in self._names if name not in self._key]
-        if self._config.on_conflict == "update" and rest:
-            news = ", ".join(f"{_quoted(name)} = {self._new(_quoted(name))}" for name in rest)
-            return f" ON DUPLICATE KEY UPDATE {news}"
-        # not INSERT IGNORE, which would hide values that do not fit
-        same = _quoted((self._key or tuple(self._names))[0])
-        return f" ON DUPLICATE KEY UPDATE {same} = {same}"
-
-    def _new(self, name: str) -> str:
-        """The new value of a column, unless it was another unique index that found the row."""
-        if not self._look_again:
-            return f"VALUES({name})"
-        ours = " AND ".join(f"{key} <=> VALUES({key})" for key in map(_quoted, self._key))
-        return f"IF({ours}, VALUES({name}), {name})"
-
-    def _statement(self, count: int) -> str:
-        row = f"({', '.join('?' * len(self._names))})"
-        names = ", ".join(map(_quoted, self._names))
-        return f"INSERT INTO {self._table} ({names}) VALUES {', '.join([row] * count)}{self._again}"
-
     async def _put(self, link: Any, rows: Sequence[Row]) -> None:
         parts = list(self._parts(rows))
         together = len(parts) > 1 or self._look_again
@@ -117,10 +104,10 @@ class Mysql(TableSink):
                 await link.driver.begin()
             try:
                 for part in parts:
-                    statement = await link.prepared(self._statement(len(part)))
-                    result = await statement.execute([value for row in part for value in row])
-                    if self._look_again and (self._updates or result.affected_rows < len(part)):
-                        await self._must_be_there(link, part, start)
+                    if self._singly:
+                        await self._put_one(link, part[0], start)
+                    else:
+                        await self._put_part(link, part, start)
                     start += len(part)
                 if together:
                     await link.driver.commit()
@@ -130,9 +117,34 @@ class Mysql(TableSink):
         except (errors.MySQLError, *BROKEN) as error:
             raise self._sorted(error, link, start) from None
 
+    async def _put_part(self, link: Any, part: Sequence[Row], start: int) -> None:
+        statement = await link.prepared(self._insert(len(part)))
+        result = await statement.execute([value for row in part for value in row])
+        if self._look_again and result.affected_rows < len(part):
+            await self._must_be_there(link, part, start)
+
+    async def _put_one(self, link: Any, row: Row, position: int) -> None:
+        """A new row, or the one of its key is changed. Poison where another unique index holds what it should hold."""
+        try:
+            await (await link.prepared(self._insert(1))).execute(list(row))
+            return
+        except errors.MySQLError as error:
+            if _code(error) != _DUPLICATE:
+                raise
+        values = dict(zip(self._names, row, strict=True))
+        keys = [values.pop(name) for name in self._key]
+        try:
+            result = await (await link.prepared(self._sql.update())).execute([*values.values(), *keys])
+        except errors.MySQLError as error:
+            if _code(error) != _DUPLICATE:
+                raise
+            raise Poison(f"{_OTHER}: {say(error)}", position) from None
+        if not result.affected_rows:  # nothing new, or no such row
+            await self._must_be_there(link, [row], position)
+
     def _parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Parts of as many rows as there are statements for, each below the server's largest packet."""
-        sizes = [size for size in _SIZES if size * len(self._names) <= _MOST_VALUES]
+        sizes = [1] if self._singly else [size for size in _SIZES if size * len(self._names) <= _MOST_VALUES]
         lengths = [sum(map(_length, row)) for row in rows]
         room = self._largest - 4096 - 16 * len(self._names) * sizes[0]
         start = 0
@@ -149,20 +161,16 @@ class Mysql(TableSink):
         """Poison for a row whose key is not in the table: another unique index refused it, silently."""
         places = [self._names.index(name) for name in self._key]
         keys = [[row[i] for i in places] for row in part]
-        names, marks = ", ".join(map(_quoted, self._key)), f"({', '.join('?' * len(places))})"
-        # what others stored since the transaction began counts, too
-        ask = f"SELECT COUNT(*) FROM {self._table} WHERE ({names}) IN (%s) LOCK IN SHARE MODE"
-        [[there]] = await link.ask(ask % ", ".join([marks] * len(part)), [value for key in keys for value in key])
+        [[there]] = await link.ask(self._sql.count(len(part)), [value for key in keys for value in key])
         if there == len(set(map(tuple, keys))):
             return
-        test = " AND ".join(f"{_quoted(name)} <=> ?" for name in self._key)
         for number, key in enumerate(keys):
-            if not await link.ask(f"SELECT 1 FROM {self._table} WHERE {test} LIMIT 1 LOCK IN SHARE MODE", key):
-                raise Poison("another unique index holds such a row already", start + number)
+            if not await link.ask(self._sql.find(), key):
+                raise Poison(_OTHER, start + number)
 
     def _sorted(self, error: BaseException, link: Link, start: int) -> Exception:
         where = f"MySQL at {link.place}: {say(error)}"
-        code = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+        code = _code(error)
         if not isinstance(error, errors.MySQLError) or isinstance(error, errors.InterfaceError):
             return Lost(where)
         if code in GONE or code in _ELSEWHERE:
@@ -175,14 +183,14 @@ class Mysql(TableSink):
         return Fatal(f"{where} ({self._config.table})") if code in _FATAL else RuntimeError(where)
 
 
+def _code(error: BaseException) -> int:
+    return error.args[0] if error.args and isinstance(error.args[0], int) else 0
+
+
 def _length(value: Any) -> int:
     if type(value) is str:
         return len(value) if value.isascii() else len(value.encode())
     return len(value) if type(value) is bytes else 8
-
-
-def _quoted(name: str) -> str:
-    return f"`{name}`"
 
 
 async def open_mysql(config: MysqlConfig) -> Mysql:

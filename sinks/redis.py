@@ -49,7 +49,7 @@ class RedisConfig(redis.RedisServer, SinkConfig):
     """XADD and HSET: field -> template of its value. A field without a value is left out."""
     value: RecordTemplate = Template("${payload}")
     """RPUSH, LPUSH, SET and PUBLISH: the bytes as they came; ``${.}`` is a JSON envelope."""
-    max_length: int = Field(default=1_000_000, ge=0)
+    max_length: int = Field(default=1_000_000, ge=0, lt=1 << 63)
     """Entries a stream, items a list keeps, the newest, about; 0 for all. Not less than a batch: what is cut off
     cannot be recognised when it comes again."""
     expire: Duration = 0.0

@@ -184,4 +184,4 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return stat.st_dev, stat.st_ino
 
 
-BACKEND = Backend("sinks.sqlite", SqliteConfig, open_sqlite)
+BACKEND = Backend("sinks.sqlite", SqliteConfig, open_sqlite, one_process=True)

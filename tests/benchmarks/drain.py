@@ -14,7 +14,8 @@ of each message is there too: of worker and broker while draining, of the reader
 build; says so where it is not.
 
 `--latency` measures instead how long a message takes from its PUBLISH until the destination has it: 5 000 a second by
-ten devices into a sink with `ack = "delivered"`, which acknowledges no sooner.
+ten devices into a sink with `ack = "delivered"`, which acknowledges no sooner. `--linger 0s` shows how much of that is
+waiting for more records.
 """
 
 from __future__ import annotations
@@ -215,9 +216,10 @@ def drain(name: str, messages: int, where: Path, lanes: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def latency(name: str, messages: int, where: Path, lanes: int) -> dict[str, Any]:
+def latency(name: str, messages: int, where: Path, lanes: int, linger: str) -> dict[str, Any]:
     """From PUBLISH until the destination has confirmed, in milliseconds."""
-    with TARGETS[name](where, f'lanes = {lanes}\nack = "delivered"') as target, started(target, where) as running:
+    keys = f'lanes = {lanes}\nack = "delivered"\nbatch = {{ linger = "{linger}" }}'
+    with TARGETS[name](where, keys) as target, started(target, where) as running:
         asyncio.run(_paced(running.port, LATENCY_RATE))  # connections, statements, the first batches
         before = entry(running)
         used = [cpu(pid) for pid in (before["pid"], running.pid)]
@@ -226,7 +228,7 @@ def latency(name: str, messages: int, where: Path, lanes: int) -> dict[str, Any]
         stored = asyncio.run(target.count())
     times.sort()
     return {
-        "target": name, "messages": len(times), "lanes": lanes, "rate": LATENCY_RATE,
+        "target": name, "messages": len(times), "lanes": lanes, "rate": LATENCY_RATE, "linger": linger,
         "p50_ms": round(times[len(times) // 2] * 1e3, 1), "p99_ms": round(times[len(times) * 99 // 100] * 1e3, 1),
         "max_ms": round(times[-1] * 1e3, 1), "worker_us": round(used[0] / len(times) * 1e6, 1),
         "broker_us": round(used[1] / len(times) * 1e6, 1), "rows": stored[0], "different": stored[1],
@@ -282,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--messages", type=int, default=0, help="default 1000000; with --latency 50000")
     parser.add_argument("--lanes", type=int, default=2, help="of the sink; the reading beside it has one (default 2)")
     parser.add_argument("--latency", action="store_true", help="from PUBLISH to confirmation at 5000 a second")
+    parser.add_argument("--linger", default="5ms", help="with --latency: how long a batch waits for more (default 5ms)")
     parser.add_argument("--read", type=int, help=argparse.SUPPRESS, metavar="PORT")
     options = parser.parse_args(arguments)
     if options.read:
@@ -293,7 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         messages = (options.messages or default) // DEVICES * DEVICES
         with tempfile.TemporaryDirectory(prefix="isthmus-drain-") as folder:
             try:
-                figures = (latency if options.latency else drain)(name, messages, Path(folder), options.lanes)
+                if options.latency:
+                    figures = latency(name, messages, Path(folder), options.lanes, options.linger)
+                else:
+                    figures = drain(name, messages, Path(folder), options.lanes)
             except servers.Absent as error:
                 print(f"drain: {name}: {error}", file=sys.stderr)
                 missed += 1

@@ -70,7 +70,7 @@ async def test_a_record_arrives_with_key_value_time_and_headers(kafka: servers.K
     sink = await opened(kafka, topic)
     await sink.check()
     await sink.write(records(7))
-    [stored] = await kafka.read(topic, 1)
+    [stored] = await kafka.everything(topic)
     assert (stored.key, stored.value, stored.timestamp) == (b"dev-7", b"7", 1_700_000_000_007)
     assert stored.partition == key_hash(b"dev-7") % 3
     assert dict(stored.headers) == {
@@ -85,7 +85,7 @@ async def test_order_is_kept_for_each_key(kafka: servers.Kafka, topic: str, open
     sink = await opened(kafka, topic, compression=compression, max_batch_bytes="16KB")  # several rounds a write
     for start in range(0, 3000, 1000):
         await sink.write(records(*range(start, start + 1000), clients=7))
-    stored = await kafka.read(topic, 3000)
+    stored = await kafka.everything(topic)
     assert sorted(values(stored)) == list(range(3000))
     for client in range(7):
         assert values([r for r in stored if r.key == b"dev-%d" % client]) == list(range(client, 3000, 7))
@@ -103,9 +103,9 @@ async def test_s07_the_record_that_is_too_large_fails_alone_and_in_order(
         await sink.write(batch)
     assert list(failed.value.failed) == [40]
     assert "MessageSizeTooLarge" in failed.value.failed[40]
-    assert values(await kafka.read(topic, 99)) == [n for n in range(100) if n != 40]
+    assert values(await kafka.everything(topic)) == [n for n in range(100) if n != 40]
     await sink.write(records(100, clients=1))
-    assert values(await kafka.read(topic, 100))[-1] == 100
+    assert values(await kafka.everything(topic))[-1] == 100
 
 
 async def test_a_topic_that_takes_less_is_found_out(kafka: servers.Kafka, topic: str, opened: Open):
@@ -116,7 +116,7 @@ async def test_a_topic_that_takes_less_is_found_out(kafka: servers.Kafka, topic:
     with pytest.raises(BatchFailed) as failed:
         await sink.write(batch)
     assert list(failed.value.failed) == [77]
-    assert values(await kafka.read(topic, 199)) == [n for n in range(200) if n != 77]
+    assert values(await kafka.everything(topic)) == [n for n in range(200) if n != 77]
 
 
 async def test_a_record_the_broker_refuses_is_found_by_taking_the_batch_apart(
@@ -132,7 +132,7 @@ async def test_a_record_the_broker_refuses_is_found_by_taking_the_batch_apart(
         await sink.write(batch)
     assert list(failed.value.failed) == [20, 63]
     assert "InvalidRecord" in failed.value.failed[20]
-    assert values(await kafka.read(topic, 62)) == [n for n in range(64) if n not in (20, 63)]
+    assert values(await kafka.everything(topic)) == [n for n in range(64) if n not in (20, 63)]
 
 
 async def test_topics_named_by_records_must_be_allowed(kafka: servers.Kafka, topic: str, opened: Open):
@@ -144,8 +144,8 @@ async def test_topics_named_by_records_must_be_allowed(kafka: servers.Kafka, top
         await sink.write(batch)
     assert sorted(failed.value.failed) == [2, 5, 8]
     assert "allowed_topics" in failed.value.failed[2]
-    assert values(await kafka.read(f"{topic}-a", 3)) == [0, 3, 6]
-    assert values(await kafka.read(f"{topic}-b", 3)) == [1, 4, 7]
+    assert values(await kafka.everything(f"{topic}-a")) == [0, 3, 6]
+    assert values(await kafka.everything(f"{topic}-b")) == [1, 4, 7]
 
 
 async def test_s12_a_missing_topic_is_waited_for_and_then_an_alarm(
@@ -162,7 +162,7 @@ async def test_s12_a_missing_topic_is_waited_for_and_then_an_alarm(
     await kafka.create_topic(topic, 1)
     await sink.check()
     await retry(sink, records(1))
-    assert values(await kafka.read(topic, 1)) == [1]
+    assert values(await kafka.everything(topic)) == [1]
 
 
 async def test_s12_more_partitions_are_found_and_told(
@@ -186,7 +186,7 @@ async def test_s12_more_partitions_are_found_and_told(
         sent += 1
         await sink.write(records(sent))
     await sink.write(records(*range(sent + 1, sent + 7)))
-    stored = await kafka.read(topic, sent + 6)
+    stored = await kafka.everything(topic)
     assert {record.partition for record in stored} == {0, 1, 2}
     assert sorted(values(stored)) == list(range(1, sent + 7))
 
@@ -196,7 +196,7 @@ async def test_a_partition_that_does_not_exist_is_fatal(kafka: servers.Kafka, to
     with pytest.raises(Fatal, match=r"partition = 2.*2 partitions"):
         await (await opened(kafka, topic, partition=2)).write(records(1))
     await (await opened(kafka, topic, partition=1)).write(records(1))
-    assert (await kafka.read(topic, 1))[0].partition == 1
+    assert (await kafka.everything(topic))[0].partition == 1
 
 
 async def test_two_lanes_write_at_once(kafka: servers.Kafka, topic: str, opened: Open):
@@ -214,7 +214,7 @@ async def test_two_lanes_write_at_once(kafka: servers.Kafka, topic: str, opened:
                 await retry(sink, batch)
 
     await asyncio.gather(lane(0), lane(1000), lane(2000))
-    assert sorted(values(await kafka.read(topic, 3000))) == list(range(3000))
+    assert sorted(values(await kafka.everything(topic))) == list(range(3000))
 
 
 async def test_nobody_there_is_told_within_the_bound(free_port: Callable[[], int], opened: Open):
@@ -282,7 +282,7 @@ async def test_a_killed_broker_loses_nothing_doubles_nothing_and_keeps_order(
     await asyncio.wait_for(writing, 40)
     assert stalls, "no write saw the outage"
     assert stalls[0] < 5, "an outage shows within seconds"
-    stored = await own.read(topic, 30_000)
+    stored = await own.everything(topic)
     assert len(stored) == 30_000
     for client in range(5):
         assert values([r for r in stored if r.key == b"dev-%d" % client]) == list(range(client, 30_000, 5))
@@ -305,7 +305,7 @@ async def test_a_batch_on_its_way_is_awaited_and_not_sent_again(own: servers.Kaf
     finally:
         own.thaw()
     await retry(sink, batch)
-    assert values(await own.read(topic, 151, seconds=3)) == list(range(151))
+    assert values(await own.everything(topic)) == list(range(151))
     assert sink._unsettled == {}
 
 
@@ -322,7 +322,7 @@ async def test_a_cancelled_write_is_not_sent_again_either(own: servers.Kafka, to
     own.thaw()
     await retry(sink, records(1, 2, 3))
     await retry(sink, records(4))
-    assert values(await own.read(topic, 5)) == [0, 1, 2, 3, 4]
+    assert values(await own.everything(topic)) == [0, 1, 2, 3, 4]
 
 
 async def test_close_is_bounded_while_kafka_is_frozen(own: servers.Kafka, topic: str, opened: Open):

@@ -16,12 +16,9 @@ from pydantic import ValidationError
 
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record
 from sinks._kafka_notes import decode
+from sinks._kafka_unfinished import Unfinished
 from sinks.kafka import Kafka, KafkaConfig, open_kafka
 from tests import servers
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("ISTHMUS_SOAK") != "1", reason="open: what a restart of Kafka does to transactions"
-)
 
 _numbers = count(1)
 Open = Callable[..., Any]
@@ -55,11 +52,9 @@ def records(*numbers: int, clients: int = 10) -> list[Record]:
     return [Record("t", b"%d" % n, 1, False, f"dev-{n % clients}", msgid=f"{n:032x}", ts=1) for n in numbers]
 
 
-async def committed(server: servers.Kafka, topic: str, at_least: int) -> list[int]:
-    """What those who read what is committed get, after a moment in which more might come."""
-    found = await server.read(topic, at_least, committed=True)
-    found = await server.read(topic, len(found) + 1, seconds=1, committed=True)
-    return [int(record.value) for record in found]
+async def committed(server: servers.Kafka, topic: str) -> list[int]:
+    """What those who read what is committed get."""
+    return [int(record.value) for record in await server.everything(topic, committed=True)]
 
 
 async def retry(sink: Kafka, batch: list[Record], seconds: float = 40) -> None:
@@ -78,16 +73,16 @@ async def test_a_batch_is_one_transaction_with_its_note(kafka: servers.Kafka, to
     await sink.check()
     for start in (0, 100, 200):
         await sink.write(records(*range(start, start + 100)))
-    assert sorted(await committed(kafka, topic, 300)) == list(range(300))
-    notes = await kafka.read(f"{topic}-progress", 3, committed=True)
-    assert [len(decode(note.value)) for note in notes] == [100, 200, 200]
-    assert sorted(int(ident, 16) for ident in decode(notes[-1].value)) == list(range(100, 300))
+    assert sorted(await committed(kafka, topic)) == list(range(300))
+    notes = await kafka.everything(f"{topic}-progress", committed=True)
+    assert [len(decode(note.value).ids) for note in notes] == [100, 200, 200]
+    assert sorted(int(ident, 16) for ident in decode(notes[-1].value).ids) == list(range(100, 300))
 
 
 async def test_order_is_kept_also_over_several_rounds(kafka: servers.Kafka, topic: str, opened: Open):
     sink = await opened(kafka, topic, max_batch_bytes="16KB", compression="none")
     await sink.write(records(*range(3000), clients=7))
-    stored = await kafka.read(topic, 3000, committed=True)
+    stored = await kafka.everything(topic, committed=True)
     for client in range(7):
         assert [int(r.value) for r in stored if r.key == b"dev-%d" % client] == list(range(client, 3000, 7))
 
@@ -101,7 +96,7 @@ async def test_s02_what_a_crash_made_come_again_is_stored_once(kafka: servers.Ka
     await successor.write(records(*range(30, 150)))
     third = await opened(kafka, topic)
     await third.write(records(*range(30, 200)))
-    assert sorted(await committed(kafka, topic, 200)) == list(range(200))
+    assert sorted(await committed(kafka, topic)) == list(range(200))
 
 
 async def test_s02_what_a_crash_left_open_is_never_seen(kafka: servers.Kafka, topic: str, opened: Open):
@@ -122,8 +117,36 @@ async def test_s02_what_a_crash_left_open_is_never_seen(kafka: servers.Kafka, to
     assert time.monotonic() - began < 10, "it did not have to wait for the transaction's timeout"
     writing.cancel()
     await asyncio.gather(writing, return_exceptions=True)
-    assert sorted(await committed(kafka, topic, 60)) == list(range(60))
-    assert len(await kafka.read(topic, 111, seconds=1)) == 110, "the open one's records are in the log, aborted"
+    assert sorted(await committed(kafka, topic)) == list(range(60))
+    assert len(await kafka.everything(topic)) == 110, "the open one's records are in the log, aborted"
+
+
+async def test_s02_what_is_noted_is_found_behind_the_open_transaction_of_another_sink(
+    kafka: servers.Kafka, topic: str, opened: Open
+):
+    """Both note in one topic, and what is committed there can be read up to the first open transaction only."""
+    ours = await opened(kafka, topic)
+    await ours.write(records(*range(5)))
+    other = await opened(kafka, topic, transactional_id=f"other-{topic}")
+    producer = await other._cluster.producer()
+    commit, reached, released = producer.commit_transaction, asyncio.Event(), asyncio.Event()
+
+    async def late() -> None:
+        reached.set()
+        await released.wait()
+        await commit()
+
+    producer.commit_transaction = late
+    writing = asyncio.create_task(other.write(records(100)))
+    await asyncio.wait_for(reached.wait(), 10 * servers.PATIENCE)
+    await ours.write(records(*range(5, 10)))
+    successor = await opened(kafka, topic, request_timeout="2s")
+    with pytest.raises(NotConnected, match="another sink's transaction"):
+        await successor.write(records(*range(12)))
+    released.set()
+    await writing
+    await retry(successor, records(*range(12)))
+    assert sorted(await committed(kafka, topic)) == [*range(12), 100]
 
 
 async def test_s14_a_commit_whose_answer_is_lost_is_not_made_again(kafka: servers.Kafka, topic: str, opened: Open):
@@ -140,7 +163,7 @@ async def test_s14_a_commit_whose_answer_is_lost_is_not_made_again(kafka: server
         await sink.write(records(*range(100)))
     await retry(sink, records(*range(100)))
     await retry(sink, records(*range(100, 120)))
-    assert sorted(await committed(kafka, topic, 120)) == list(range(120))
+    assert sorted(await committed(kafka, topic)) == list(range(120))
 
 
 async def test_a_commit_that_failed_is_made_again(kafka: servers.Kafka, topic: str, opened: Open):
@@ -154,7 +177,7 @@ async def test_a_commit_that_failed_is_made_again(kafka: servers.Kafka, topic: s
     with pytest.raises(NotConnected, match="injected"):
         await sink.write(records(*range(100)))
     await retry(sink, records(*range(100)))
-    assert sorted(await committed(kafka, topic, 100)) == list(range(100))
+    assert sorted(await committed(kafka, topic)) == list(range(100))
 
 
 async def test_who_comes_later_takes_the_place_and_nothing_is_twice(kafka: servers.Kafka, topic: str, opened: Open):
@@ -163,7 +186,7 @@ async def test_who_comes_later_takes_the_place_and_nothing_is_twice(kafka: serve
     for start in range(0, 100, 20):
         await retry(one, records(*range(start, start + 10)))
         await retry(two, records(*range(start + 10, start + 20)))
-    assert sorted(await committed(kafka, topic, 100)) == list(range(100))
+    assert sorted(await committed(kafka, topic)) == list(range(100))
 
 
 async def test_a_check_does_not_take_the_place_of_the_sink_that_runs(kafka: servers.Kafka, topic: str, opened: Open):
@@ -174,7 +197,7 @@ async def test_a_check_does_not_take_the_place_of_the_sink_that_runs(kafka: serv
     await beside.check()
     await running.write(records(2))
     assert await running._cluster.producer() is producer
-    assert sorted(await committed(kafka, topic, 2)) == [1, 2]
+    assert sorted(await committed(kafka, topic)) == [1, 2]
 
 
 async def test_somebody_who_takes_the_place_again_and_again_is_an_alarm(
@@ -194,7 +217,7 @@ async def test_somebody_who_takes_the_place_again_and_again_is_an_alarm(
         await sink.write(records(1))
     monkeypatch.undo()
     await retry(sink, records(1))
-    assert sorted(await committed(kafka, topic, 2)) == [1, 999]
+    assert sorted(await committed(kafka, topic)) == [1, 999]
 
 
 async def test_s07_a_record_that_is_too_large_fails_alone(kafka: servers.Kafka, topic: str, opened: Open):
@@ -204,11 +227,11 @@ async def test_s07_a_record_that_is_too_large_fails_alone(kafka: servers.Kafka, 
     with pytest.raises(BatchFailed) as failed:
         await sink.write(batch)
     assert list(failed.value.failed) == [40]
-    assert await committed(kafka, topic, 59) == [n for n in range(60) if n != 40]
+    assert await committed(kafka, topic) == [n for n in range(60) if n != 40]
     with pytest.raises(BatchFailed) as failed:  # it had not been buried yet when the worker died
         await (await opened(kafka, topic, partitions=1, compression="none")).write(batch)
     assert list(failed.value.failed) == [40]
-    assert len(await committed(kafka, topic, 59)) == 59
+    assert len(await committed(kafka, topic)) == 59
 
 
 async def test_s07_refused_records_are_found_by_halves_and_order_is_kept(
@@ -223,9 +246,9 @@ async def test_s07_refused_records_are_found_by_halves_and_order_is_kept(
     with pytest.raises(BatchFailed) as failed:
         await sink.write(batch)
     assert sorted(failed.value.failed) == [20, 63]
-    assert await committed(kafka, topic, 62) == [n for n in range(64) if n not in (20, 63)]
+    assert await committed(kafka, topic) == [n for n in range(64) if n not in (20, 63)]
     await sink.write([Record("t", b'{"n": 64, "k": "k"}', msgid=f"{64:032x}")])
-    assert (await committed(kafka, topic, 63))[-1] == 64
+    assert (await committed(kafka, topic))[-1] == 64
 
 
 async def test_a_record_without_an_id_is_sent_each_time(kafka: servers.Kafka, topic: str, opened: Open):
@@ -233,7 +256,7 @@ async def test_a_record_without_an_id_is_sent_each_time(kafka: servers.Kafka, to
     sink = await opened(kafka, topic)
     for _ in range(2):
         await sink.write([Record("t", b"1")])
-    assert await committed(kafka, topic, 2) == [1, 1]
+    assert await committed(kafka, topic) == [1, 1]
 
 
 async def test_s12_a_missing_progress_topic_is_named(kafka: servers.Kafka, topic: str, opened: Open):
@@ -244,7 +267,7 @@ async def test_s12_a_missing_progress_topic_is_named(kafka: servers.Kafka, topic
         await sink.write(records(1))
     await kafka.create_topic(f"{topic}-nowhere", 1, {"cleanup.policy": "compact"})
     await retry(sink, records(1))
-    assert await committed(kafka, topic, 1) == [1]
+    assert await committed(kafka, topic) == [1]
 
 
 async def test_the_newest_note_is_found_behind_those_of_others(kafka: servers.Kafka, topic: str, opened: Open):
@@ -253,7 +276,7 @@ async def test_the_newest_note_is_found_behind_those_of_others(kafka: servers.Ka
     for n in range(100, 140):  # a transaction's end takes a place in the log, too
         await noisy.write(records(n))
     await (await opened(kafka, topic)).write(records(*range(12)))
-    assert sorted(await committed(kafka, topic, 52)) == [*range(12), *range(100, 140)]
+    assert sorted(await committed(kafka, topic)) == [*range(12), *range(100, 140)]
 
 
 def test_what_transactions_cannot_do_is_refused():
@@ -290,10 +313,32 @@ async def test_s10_killed_brokers_lose_nothing_and_double_nothing(own: servers.K
         own.kill()
         await asyncio.to_thread(own.start)
     await asyncio.wait_for(writing, 90)
-    found = await own.read(topic, 20_000, committed=True)
+    found = await own.everything(topic, committed=True)
     assert len(found) == 20_000
     for client in range(5):
         assert [int(r.value) for r in found if r.key == b"dev-%d" % client] == list(range(client, 20_000, 5))
+
+
+async def test_s02_a_restart_that_swallows_the_ends_of_a_commit_loses_nothing_and_doubles_nothing(
+    own: servers.Kafka, topic: str, opened: Open, monkeypatch: pytest.MonkeyPatch
+):
+    """Kafka leaves them out where a partition has no leader while its coordinator starts, which is about every other
+    time when it is stopped right after the commit; the sink has not called the batch stored then."""
+    settled = Unfinished.settled
+    sink = await opened(own, topic, request_timeout="10s")
+    for start in range(0, 40, 10):
+
+        async def stopped(*arguments: Any) -> None:
+            await asyncio.to_thread(own.stop)
+            raise TimeoutError
+
+        monkeypatch.setattr(Unfinished, "settled", stopped)
+        with pytest.raises(NotConnected):
+            await sink.write(records(*range(start, start + 10)))
+        monkeypatch.setattr(Unfinished, "settled", settled)
+        await asyncio.to_thread(own.start)
+        await retry(sink, records(*range(start, start + 10)))
+        assert sorted(await committed(own, topic)) == list(range(start + 10))
 
 
 async def test_close_is_bounded_in_the_middle_of_a_transaction(own: servers.Kafka, topic: str, opened: Open):

@@ -149,15 +149,38 @@ class TestMysql(SqlSinkSuite):
         def told(number: int, device: str, serial: str) -> Record:
             return record(number, {"serial": serial, "value": number}, clientid=device)
 
+        await sink.check()
         await sink.write([told(1, "a", "s1"), told(2, "b", "s2")])
+        batch = [told(3, "a", "s1"), told(4, "c", "s2"), told(5, "d", "s5"), told(6, "a", "s1"), told(7, "a", "s2")]
         with pytest.raises(BatchFailed, match="another unique index") as failed:
-            await sink.write([told(3, "a", "s1"), told(4, "c", "s2"), told(5, "d", "s5"), told(6, "a", "s1")])
-        assert list(failed.value.failed) == [1]
+            await sink.write(batch)
+        assert list(failed.value.failed) == [1, 4]
         rows = await server.execute("select clientid, serial, value from readings order by clientid", database=database)
         assert rows == [("a", "s1", 6), ("b", "s2", 2), ("d", "s5", 5)]
+        await sink.write([told(8, "b", "s8"), told(9, "a", "s2"), told(9, "a", "s2")])
+        rows = await server.execute("select clientid, serial, value from readings order by clientid", database=database)
+        assert rows == [("a", "s2", 9), ("b", "s8", 8), ("d", "s5", 5)]
         many = [told(n, f"dev-{n % 300}", f"s-{n % 300}") for n in range(1000)]
         await sink.write(many)
         assert (await server.execute("select count(*), max(value) from readings", database=database)) == [(303, 999)]
+
+    async def test_s07_an_index_of_columns_that_are_not_ours_refuses_a_row_aloud(
+        self, open: Any, server: Mariadb
+    ) -> None:
+        """S-07: its default value makes the second row a conflict, which must not become an update of the first."""
+        database = await server.create(
+            "create table readings (clientid varchar(40) primary key, site int not null default 1, value int, "
+            "unique (site))"
+        )
+        columns = {"clientid": "${clientid}", "value": "${payload.value}"}
+        for mode in ("update", "ignore"):
+            await server.execute("delete from readings", database=database)
+            sink = await open(database, columns=columns, key=["clientid"], on_conflict=mode)
+            with pytest.raises(BatchFailed, match="another unique index") as failed:
+                await sink.write([record(n, {"value": n}, clientid=f"dev-{n}") for n in range(3)])
+            assert sorted(failed.value.failed) == [1, 2]
+            rows = await server.execute("select clientid, value from readings", database=database)
+            assert rows == [("dev-0", 0)]
 
     async def test_a_generated_column_is_refused(self, open: Any, server: Mariadb) -> None:
         database = await server.create("create table readings (msgid char(32) primary key, n int as (1 + 1))")

@@ -30,7 +30,7 @@ class Deaf(Handler):
 async def test_r06_publishers_are_held_back_before_memory_runs_out(tmp_path: Path) -> None:
     limits = (
         f'[broker]\nmax_memory = "{BUDGET >> 20}MB"\n'
-        '[limits]\nmax_inflight = 1000\nmax_queued_messages = 10_000\n'  # not what ends the growth here
+        "[limits]\nmax_inflight = 1000\nmax_queued_messages = 10_000\n"  # not what ends the growth here
     )
     with broker(tmp_path, {"00-broker.toml": OPEN, "01-limits.toml": limits}) as running:
         to = resilience.url(running)

@@ -19,17 +19,24 @@ pytest.importorskip("aiohttp")
 
 from aiohttp import web
 
-from broker.client.session import Publisher
+from broker.client.session import NotTaken, Publisher
+from broker.mqtt.properties import Properties, encode_properties
 from tests.broker import Broker, broker
 from tests.integration.http_service import Service, service
 from tests.ledger import Ledger
 from tests.proxy import Proxy
 from tests.servers import PATIENCE, free_port
 from tests.system import resilience
-from tests.system.durability import ROOM
+from tests.system.durability import ROOM, store_bytes
 from tests.system.resilience import SLOWEST, SOAK, Canary, Stream, command, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+IN_HAND = 32 << 20
+"""Bytes a worker is given before it has acknowledged any."""
+SEGMENT = 16 << 20
+TICK = 500
+"""Milliseconds that the broker's clock is behind at most: it looks a few times a second."""
 
 SINK = """
 [sinks.{name}]
@@ -143,6 +150,119 @@ async def test_s30_one_dead_and_one_slow_sink_hold_up_neither_eight_healthy_ones
 def stored(path: Path) -> list[bytes]:
     with contextlib.closing(sqlite3.connect(path)) as db:
         return [row[0] for row in db.execute("select cast(payload as blob) from messages order by rowid")]
+
+
+@pytest.mark.parametrize("overflow", ["block", "reject", "drop_oldest", "drop_newest"])
+async def test_s05_a_full_queue_does_what_it_is_told_and_never_holds_more_than_its_quota(
+    tmp_path: Path, overflow: str
+) -> None:
+    """S-05: the publisher waits or is refused, or messages are dropped and counted; beside the quota the store holds
+    what the worker has in its hands and a segment."""
+    quota, size, count = 4_000_000, 64_000, 900
+    port = free_port()
+    more = f'batch = {{ max_records = 20 }}\nqueue = {{ max_bytes = {quota}, overflow = "{overflow}" }}'
+    with broker(
+        tmp_path, {"00-broker.toml": ROOM, "30-sink.toml": SINK.format(name="store", port=port, more=more)}
+    ) as running:
+        publisher = await Publisher.connect(resilience.url(running), client_id="device")
+        promised: list[int] = []
+        refused: list[int] = []
+
+        async def one(number: int) -> None:
+            try:
+                await publisher.publish("telemetry/x", b"%0*d" % (size, number), 1)
+            except NotTaken:
+                refused.append(number)
+            else:
+                promised.append(number)
+
+        publishing = asyncio.gather(*map(one, range(count)))
+        most = 0
+
+        async def full() -> bool:
+            nonlocal most
+            most = max(most, (await entry(running))["queued_bytes"])
+            return publishing.done() or (overflow == "block" and most > quota - 2 * size)
+
+        await eventually(full, "the end of the queue's room", 60, 0.02)
+        await asyncio.sleep(0.5)
+        status = await entry(running)
+        assert quota - 2 * size < max(most, status["queued_bytes"]) <= quota
+        assert store_bytes(running) <= quota + IN_HAND + SEGMENT
+        lost = status["dropped"].get("queue_full", 0)
+        if overflow == "block":
+            assert not publishing.done()
+            assert (refused, lost) == ([], 0)
+            assert len(promised) * size <= quota + IN_HAND
+        else:
+            assert len(promised) == count - len(refused)
+            assert len(refused) == (count - status["queued"] if overflow == "reject" else 0)
+            assert lost == (0 if overflow == "reject" else count - status["queued"])
+            assert lost + len(refused) > 0
+            total = (await command(running, "status"))["messages"]["dropped"]
+            assert total == {"queue_full": lost + len(refused)}
+        async with service(lambda request, body: web.Response(status=204), port=port) as http:
+            await asyncio.wait_for(publishing, 60 * PATIENCE)
+            await until(running, lambda sink: sink["queued"] == 0, "the end of the queue", 60)
+            got = [int(payload[-9:]) for payload in received(http)]
+        await publisher.disconnect()
+        print(f"{overflow}: {len(got)} stored, {lost} dropped, {len(refused)} refused, at most {most} bytes queued")
+        if overflow == "drop_oldest":  # the worker had the very first in its hands
+            first = next(n for n in range(count) if n >= len(got) or got[n] != n)
+            assert got == [*range(first), *range(count - (len(got) - first), count)]
+        else:
+            assert got == list(range(len(got)))
+        assert len(got) == count - lost - len(refused)
+
+
+async def test_s26_what_comes_with_a_message_is_carried_and_its_id_is_the_same_each_time(tmp_path: Path) -> None:
+    """S-26: QoS, retain, user properties, content type, time and id, over answers of 503 and a killed worker."""
+    times: dict[str, list[dict[str, Any]]] = {}
+    well = False
+
+    async def answer(request: web.Request, body: bytes) -> web.Response:
+        for envelope in json.loads(body):
+            times.setdefault(envelope["payload"], []).append(envelope)
+        return web.Response(status=204 if well else 503)
+
+    said = Properties()
+    said.user_properties = [("site", "north"), ("site", "\u00fc")]
+    said.content_type, said.response_topic, said.correlation_data = "text/plain", "answers/1", b"\x00\xff"
+    async with service(answer) as http:
+        with broker(
+            tmp_path, {"00-broker.toml": ROOM, "30-sink.toml": SINK.format(name="store", port=http.port, more="")}
+        ) as running:
+            await asyncio.to_thread(resilience.wait_running, running, "sinks", "store")
+            publisher = await Publisher.connect(resilience.url(running), client_id="device")
+            began = int(time.time() * 1000)
+            for number, (qos, retain) in enumerate([(0, False), (1, True), (2, False)]):
+                block = encode_properties(said)[1:]  # without its length, which is one byte
+                await publisher.publish("telemetry/x", b"%d" % number, qos, retain, block)
+
+            async def came(often: int) -> None:
+                await eventually(lambda: len(times) == 3 and min(map(len, times.values())) >= often, "them", 30, 0.05)
+
+            await came(2)
+            os.kill((await entry(running))["pid"], signal.SIGKILL)
+            times_before = {payload: len(seen) for payload, seen in times.items()}
+            await eventually(
+                lambda: all(len(times[payload]) > before for payload, before in times_before.items()), "them", 30, 0.05
+            )
+            well = True
+            await until(running, lambda sink: sink["queued"] == 0, "the end of the queue")
+            await publisher.disconnect()
+    ended = int(time.time() * 1000)
+    ids = set()
+    for payload, seen in times.items():
+        assert all(envelope == seen[0] for envelope in seen), "the same each time"
+        first = seen[0]
+        ids.add(first["msgid"])
+        assert (first["topic"], first["clientid"], first["peerhost"]) == ("telemetry/x", "device", "127.0.0.1")
+        assert (first["qos"], first["retain"]) == (int(payload), payload == "1")
+        assert began - TICK <= first["ts"] <= ended
+        assert (first["content_type"], first["response_topic"]) == ("text/plain", "answers/1")
+        assert first["user_properties"] == [["site", "north"], ["site", "\u00fc"]]
+    assert len(ids) == 3
 
 
 async def test_s22_a_stop_with_ten_thousand_in_flight_writes_until_its_deadline_and_loses_none(tmp_path: Path) -> None:

@@ -1,0 +1,20 @@
+"""What MongoDB says about one document that it refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+AGAIN = {6, 7, 24, 43, 50, 64, 79, 89, 91, 100, 112, 146, 189, 225, 237, 262, 358, 384, 10107, 11600, 11602, 13435,
+         13436, 14031, 16500}  # fmt: skip
+"""HostUnreachable and the like, elections, time limits, lock and write conflicts, no space, no memory, throttled."""
+DUPLICATE = {11000, 11001, 12582}
+"""A unique index has such a document."""
+
+
+def pattern(error: Mapping[str, Any]) -> list[str]:
+    """The fields of the unique index that refused a document."""
+    pattern = error.get("keyPattern")
+    if isinstance(pattern, Mapping):
+        return list(pattern)
+    return ["_id"] if "index: _id_ " in str(error.get("errmsg")) else ["?"]
