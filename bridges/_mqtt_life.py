@@ -247,17 +247,29 @@ class Life:
         return into, out
 
     async def _greet(self, far: Connection) -> None:
-        """Notification, subscriptions, and the end of subscriptions that no line asks for any more."""
+        """Notification, subscriptions, and the end of subscriptions that no line asks for any more. What queues for our
+        session comes before the answers, so a server that sends may take its time."""
+        counts = self._memory.counts_in
+        greeting = asyncio.create_task(self._introduce(far))
         try:
-            async with asyncio.timeout(self._config.connect_timeout):
-                await self._notify_remote(far)
-                await self._subscribe(far)
-                gone = [line.remote for line in self._config.topics if not line.into]
-                gone = [f for f in dict.fromkeys(gone) if f not in self._wanted()]
-                if gone and self._config.attempt_unsubscribe:
-                    await far.unsubscribe(gone)
-        except TimeoutError:
-            raise ConnectionError(f"{self._memory.server}: no answer to SUBSCRIBE or UNSUBSCRIBE") from None
+            before = -1
+            while not greeting.done():
+                heard = counts.total()
+                if heard == before:
+                    raise ConnectionError(f"{self._memory.server}: no answer to SUBSCRIBE or UNSUBSCRIBE")
+                before = heard
+                await asyncio.wait({greeting}, timeout=self._config.connect_timeout)
+            greeting.result()
+        finally:
+            greeting.cancel()
+
+    async def _introduce(self, far: Connection) -> None:
+        await self._notify_remote(far)
+        await self._subscribe(far)
+        gone = [line.remote for line in self._config.topics if not line.into]
+        gone = [f for f in dict.fromkeys(gone) if f not in self._wanted()]
+        if gone and self._config.attempt_unsubscribe:
+            await far.unsubscribe(gone)
 
     async def _notify_remote(self, far: Connection) -> None:
         """A server that hangs up because of the notification, twice, is not told any more."""
