@@ -57,8 +57,9 @@ topics = [
     {{ filter = "chaos/down/#", direction = "in", qos = 2 }},
 ]
 """
-MOSQUITTO = "max_queued_messages 0\nmax_inflight_messages 0"
-"""Global options of a mosquitto that drops nothing."""
+MOSQUITTO = "max_queued_messages 0\nmax_inflight_messages 1000"
+"""Global options of a mosquitto that drops nothing. Its window is bounded because mosquitto 2.0 forgets at a reconnect
+what is in flight: without a bound it gives a packet identifier to a second message once 65 535 are behind."""
 
 Only = Literal["both", "broker", "worker"]
 

@@ -322,7 +322,7 @@ class SinkSuite:
             await asyncio.sleep(0.3)
             over = True
             await publishing
-            await broker.until_sink(lambda sink: sink["queued"] == 0, 90 * PATIENCE)
+            await broker.until_sink(lambda sink: sink["queued"] == 0, 30 * PATIENCE)
             await publisher.disconnect()
             assert not (await broker.sink()).get("dead")
         twice = await compared(target, ledger, duplicates_allowed=not self.once)

@@ -350,8 +350,8 @@ HARMS: dict[str, tuple[int, Callable[[Path], None]]] = {
 
 
 async def test_d08_a_damaged_store_is_not_started_and_its_loss_is_counted(tmp_path: Path) -> None:
-    """D-08: for each damage: refused with the file's name and a way out, nothing changed; accepted, the rest is there.
-    The short form does one of each kind."""
+    """D-08, S-04: for each damage: refused with the file that is meant and a way out, nothing changed; accepted, the
+    rest is there. The short form does one of each kind."""
     whole = tmp_path / "whole"
     original = Ledger()
     with machine(tmp_path) as running:

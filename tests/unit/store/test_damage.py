@@ -378,7 +378,7 @@ def test_killed_anywhere_while_it_is_made_the_next_start_makes_it(
 def test_killed_anywhere_while_segments_begin_and_go_nothing_is_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every state in between opens, without damage and with every commit that had ended."""
+    """S-03: every state in between opens, without damage and with every commit that had ended."""
     data = tmp_path / "data"
     data.mkdir()
     bodies = [record(bytes([i]) * 1400) for i in range(8)]
