@@ -364,6 +364,54 @@ async def test_a_lost_remote_session_begins_the_inlet_anew(mosquitto: Mosquitto)
             assert "c1," in begun[-1]  # the second attempt asked for a clean start: identifier 1 means nothing there
 
 
+class Laden(Peer):
+    """Answers SUBSCRIBE only behind what it has queued, which it sends slowly."""
+
+    def __init__(self, queued: int) -> None:
+        super().__init__()
+        self.queued = queued
+        self.sending: asyncio.Task[None] | None = None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        await super().serve(reader, writer)
+
+    def _answer(self, first: int, body: bytes) -> bytes | None:
+        answer = super()._answer(first, body)
+        if first >> 4 == 8 and answer is not None:
+            self.sending = asyncio.create_task(self._send(answer))
+            return b""
+        return answer
+
+    async def _send(self, suback: bytes) -> None:
+        for number in range(self.queued):
+            self.writer.write(packets.encode_publish(b"down/x", b"%d" % number, 0, False, False, 0, self.version, b""))
+            await asyncio.sleep(0.2)
+        if self.queued:
+            self.writer.write(suback)
+
+
+async def test_the_answer_to_subscribe_may_come_behind_a_long_queue(mosquitto: Mosquitto) -> None:
+    async with playing(Laden(queued=15)) as peer:
+        config = configure(
+            servers=[peer.url], protocol="5", connect_timeout="1s", topics=[("down/#", "in", 0)], notifications=False
+        )
+        async with running(config, mosquitto.url) as bridge:
+            await until(lambda: bridge.status()["state"] == "running", "the answer is waited for", 15)
+            assert bridge.status()["messages_in"] == 15
+            assert len(peer.connects) == 1
+
+
+async def test_an_answer_to_subscribe_that_never_comes_ends_the_attempt(mosquitto: Mosquitto) -> None:
+    async with playing(Laden(queued=0)) as peer:
+        config = configure(
+            servers=[peer.url], protocol="5", connect_timeout="1s", topics=[("down/#", "in", 0)], notifications=False
+        )
+        async with running(config, mosquitto.url) as bridge:
+            await until(lambda: len(peer.connects) > 1, "another attempt", 15)
+            assert "no answer to SUBSCRIBE" in bridge.status()["last_error"]
+
+
 async def test_b16_a_dead_server_is_left_to_the_supervisor_with_a_clear_error(
     mosquitto: Mosquitto, free_port: Callable[[], int]
 ) -> None:
