@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,3 +161,15 @@ def broker(
     finally:
         if running._process is not None:
             running.stop()
+
+
+@contextlib.contextmanager
+def starting(where: Path, base: str) -> Iterator[Callable[..., Broker]]:
+    """`start(a=…)`: a broker of 00-base.toml, which holds `base`, and of these; stopped at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**fragments: str) -> Broker:
+            texts = {"00-base.toml": base, **{f"{name}.toml": text for name, text in fragments.items()}}
+            return stack.enter_context(broker(where, texts))
+
+        yield start

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 from tests import broker as brokers
 from tests.broker import Broker
 from tests.clients import Device
-from tests.servers import PATIENCE
+from tests.system.resilience import until
 
 BASE = """
 [access]
@@ -44,21 +43,8 @@ def sink(name: str, topics: str = "t/#", more: str = "") -> str:
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
     """`start(a=…)`: a running broker whose fragments are 00-base.toml and these."""
-    with contextlib.ExitStack() as stack:
-
-        def start(**fragments: str) -> Broker:
-            texts = {"00-base.toml": BASE, **{f"{name}.toml": text for name, text in fragments.items()}}
-            return stack.enter_context(brokers.broker(tmp_path, texts))
-
+    with brokers.starting(tmp_path, BASE) as start:
         yield start
-
-
-def until(answers: Callable[[], Any], what: str, seconds: float = 15) -> Any:
-    deadline = time.monotonic() + seconds * PATIENCE
-    while not (found := answers()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-    return found
 
 
 def rows(broker: Broker, name: str) -> list[str]:

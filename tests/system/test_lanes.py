@@ -8,14 +8,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import broker as brokers
 from tests.broker import Broker
 from tests.clients import Device
-from tests.servers import PATIENCE, Mosquitto
+from tests.servers import Mosquitto
+from tests.system.resilience import until
 
 BASE = """
 [access]
@@ -51,21 +51,8 @@ TOPICS = [f"t/{name}" for name in "abcdefgh"]
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Broker]]:
     """`start(a=…)`: a running broker whose fragments are 00-base.toml and these."""
-    with contextlib.ExitStack() as stack:
-
-        def start(**fragments: str) -> Broker:
-            texts = {"00-base.toml": BASE, **{f"{name}.toml": text for name, text in fragments.items()}}
-            return stack.enter_context(brokers.broker(tmp_path, texts))
-
+    with brokers.starting(tmp_path, BASE) as start:
         yield start
-
-
-def until(answers: Callable[[], Any], what: str, seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds * PATIENCE
-    while not (found := answers()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-    return found
 
 
 def publish(broker: Broker, numbers: range) -> None:
@@ -77,7 +64,7 @@ def publish(broker: Broker, numbers: range) -> None:
 
 def arrived(device: Device, count: int) -> dict[str, list[int]]:
     """The numbers of each topic in the order they came: so many, and then no more."""
-    until(lambda: device.messages.qsize() >= count, f"{count} arrive")
+    until(lambda: device.messages.qsize() >= count, f"{count} arrive", 20)
     time.sleep(0.3)
     seen: dict[str, list[int]] = defaultdict(list)
     while not device.messages.empty():
@@ -142,6 +129,6 @@ def test_messages_of_a_lane_of_a_sink_that_is_no_more_are_still_stored(start: Ca
             except sqlite3.OperationalError:  # not made yet
                 return []
 
-    until(lambda: len(rows()) >= 160, "what queued in four lanes")
+    until(lambda: len(rows()) >= 160, "what queued in four lanes", 20)
     assert sorted(rows()) == sorted(list(range(20)) * len(TOPICS))
-    until(lambda: broker.status()["sinks"]["store"]["queued"] == 0, "nothing is left")
+    until(lambda: broker.status()["sinks"]["store"]["queued"] == 0, "nothing is left", 20)

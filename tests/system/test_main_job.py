@@ -7,10 +7,8 @@ import contextlib
 import json
 import re
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import aiomqtt
 import pytest
@@ -19,6 +17,7 @@ from tests import fragments, servers
 from tests.broker import Broker
 from tests.clients import Device, Refused
 from tests.ledger import Ledger, read_stamp
+from tests.system.resilience import until
 
 pytestmark = pytest.mark.timeout(180)
 StartMosquitto = Callable[..., servers.Mosquitto]
@@ -31,14 +30,6 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
     yield running
     if running._process is not None:
         running.stop()
-
-
-def until(there: Callable[[], Any], what: str, seconds: float = 15) -> Any:
-    deadline = time.monotonic() + seconds * servers.PATIENCE
-    while not (found := there()):
-        assert time.monotonic() < deadline, f"{what}: not there after {seconds} s"
-        time.sleep(0.02)
-    return found
 
 
 def rows(broker: Broker) -> list[tuple[str, str, str, bytes]]:

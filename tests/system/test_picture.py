@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +14,7 @@ from tests import servers, sql_servers
 from tests.broker import Broker
 from tests.clients import Device, Refused
 from tests.servers import program
+from tests.system.resilience import until
 from tests.unit.test_compose import COMPOSE, whole
 
 pytestmark = pytest.mark.timeout(180)
@@ -35,14 +34,6 @@ def fill(directory: servers.Slapd) -> int:
     line = whole()["people"]["command"][-1].replace("$$", "$").replace("ldapadd", ldapadd, 1)
     line = line.replace("ldap://slapd", directory.url).replace("/people.ldif", str(COMPOSE / "people.ldif"))
     return subprocess.run(["/bin/sh", "-c", line], capture_output=True, timeout=30).returncode
-
-
-def until(there: Callable[[], Any], what: str, seconds: float = 20) -> Any:
-    deadline = time.monotonic() + seconds * servers.PATIENCE
-    while not (found := there()):
-        assert time.monotonic() < deadline, f"{what}: not there after {seconds} s"
-        time.sleep(0.05)
-    return found
 
 
 def test_a_device_reaches_every_end_of_the_picture(
@@ -94,7 +85,7 @@ def test_a_device_reaches_every_end_of_the_picture(
         (record,) = asyncio.run(kafka.read("picture", 1))
         assert record.key == b"d1"
         statement = "select device, topic, value, unit from readings"
-        rows = until(lambda: asyncio.run(postgresql.execute(statement, database=database)), "a row in readings")
+        rows = until(lambda: asyncio.run(postgresql.execute(statement, database=database)), "a row in readings", 20)
         assert [tuple(row) for row in rows] == [("d1", "telemetry/alice/room", 21.5, "C")]
         with pytest.raises(Refused):
             Device(broker.port, "alice", "wrong").connect()
