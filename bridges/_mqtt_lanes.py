@@ -99,5 +99,9 @@ class Nothing:
     def on_answer(self, packet_type: int, packet_id: int, code: int) -> None:
         """Nothing was sent that could be answered."""
 
+    def stalled(self) -> float | None:
+        """Nothing waits."""
+        return None
+
     def close(self) -> None:
         """Nothing is kept."""

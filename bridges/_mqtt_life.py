@@ -232,6 +232,7 @@ class Life:
                 counts=memory.counts_in,
                 origin=memory.origin,
                 refused=lambda why, detail: memory.refuse("in", memory.counts_in, why, detail),
+                not_kept=self._not_kept if not self._local.echoes else None,
             )
         self._into = into
         out = self._out = Relay(
@@ -245,6 +246,9 @@ class Life:
             refused=lambda why, detail: memory.refuse("out", memory.counts_out, why, detail),
         )
         return into, out
+
+    def _not_kept(self) -> None:
+        self._link.fail(ConnectionError("our own broker has not got a message to disk; the remote sends it again"))
 
     async def _greet(self, far: Connection) -> None:
         """Notification, subscriptions, and the end of subscriptions that no line asks for any more. What queues for our
@@ -372,6 +376,11 @@ class Life:
         if oldest is not None and now - oldest > self._config.ack_timeout:
             self._link.fail(
                 ConnectionError(f"{self._memory.server}: a message is not acknowledged for {now - oldest:.0f} s")
+            )
+        since = self._into.stalled() if self._into is not None else None
+        if since is not None and now - since > self._config.ack_timeout:
+            self._link.fail(
+                ConnectionError(f"{self._memory.server}: it uses a packet identifier twice and ends neither message")
             )
 
     def _report(self, **more: Any) -> None:

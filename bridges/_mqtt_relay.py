@@ -23,11 +23,19 @@ what the relay remembers. Within one connection it remembers, per identifier, wh
 target answers "quota exceeded": a refusal that passes by itself must not lose a message) and which handshakes it ends
 itself.
 
+There are sources that use N while it is open: mosquitto up to 2.0.12 keeps to no window, and with more than 65 535
+messages in flight gives N to a second one. It takes every answer for that of the older message, and T would take the
+second for a repetition. So what comes under an open identifier waits here, and for the sake of order everything behind
+it, until S has read our last answer to the first: it says so by its answer to a ping. A cut before that finds only the
+first at T.
+
 A handshake is not one to one when both sides cannot speak the same QoS or the message does not cross at all:
 
 * The line or the target takes QoS 1 of a QoS 2 message: PUBACK N becomes PUBREC N towards S, and S's PUBREL N is
   answered here. After a cut S repeats PUBLISH N (sent again at QoS 1, at least once, as configured) or PUBREL N, which
   the new relay passes to T, which does not know N and says so: done.
+* Our own broker says 0x83: it has not got a message to disk yet, or never will. Nobody may acknowledge that, so the
+  link is cut; what S sends again is known to the broker if it is taken after all.
 * QoS 0 of a QoS 1 or 2 message, or a message that is refused, too large, unmapped or in a loop: acknowledged here,
   counted, reported. So is what this bridge itself brought to a foreign broker and gets back, but for the report. After
   a cut S may repeat it and gets the same answer; no reconnect can loop on it.
@@ -53,7 +61,7 @@ from broker.mqtt.errors import ProtocolError
 from broker.mqtt.packets import Publish, encode_publish
 
 _PUBACK, _PUBREC, _PUBREL, _PUBCOMP = 4, 5, 6, 7
-_IN_USE, _QUOTA_EXCEEDED = 0x91, 0x97
+_NOT_KEPT, _IN_USE, _QUOTA_EXCEEDED = 0x83, 0x91, 0x97
 _V5 = 5
 
 
@@ -99,6 +107,7 @@ class Relay:
         retain: bool = True,
         origin: str = "",
         refused: Callable[[str, str], None],
+        not_kept: Callable[[], None] | None = None,
     ) -> None:
         self._routes = routes
         self._target = target
@@ -109,9 +118,15 @@ class Relay:
         self._retain = retain and target.retain
         self._counts = counts
         self._refused = refused
+        self._not_kept = not_kept
         self._loop = asyncio.get_running_loop()
         self._flights: dict[int, _Flight] = {}
         self._waiting: deque[tuple[int, _Flight]] = deque()  # beyond the window
+        self._busy: dict[int, int] = {}  # identifiers that are open at the source, and a digest of their messages
+        self._behind: deque[Publish] = deque()  # from the first on whose identifier is busy
+        self._answered: list[int] = []  # busy until the source is known to have read that they are free
+        self._asking: asyncio.Future[float] | None = None
+        self._moved = 0.0  # when the source last did something about what others wait for
         self._ended: set[int] = set()  # QoS 2 identifiers whose handshake with the source is ended here
         self._lowered: set[int] = set()  # QoS 2 at the source, QoS 1 at the target
         self._freeing: set[int] = set()  # PUBREL sent by us, its PUBCOMP is not the source's
@@ -124,14 +139,18 @@ class Relay:
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
         self._held.clear()
         self._waiting.clear()
         self._flights.clear()
+        self._behind.clear()
 
     @property
     def open(self) -> int:
         """Messages taken from the source and not acknowledged to it."""
-        return len(self._flights) + len(self._waiting) + len(self._held)
+        return len(self._flights) + len(self._waiting) + len(self._held) + len(self._behind)
 
     def oldest(self) -> float | None:
         """Loop time at which the target was sent what it has owed an answer to for longest."""
@@ -139,11 +158,30 @@ class Relay:
             return flight.sent
         return None
 
+    def stalled(self) -> float | None:
+        """Loop time since when the source has done nothing about an identifier it has used twice; None: nothing waits
+        for that."""
+        return self._moved if self._behind else None
+
     # from the source
 
     def on_publish(self, source: Connection, publish: Publish) -> None:
         """Carry one message, or acknowledge and count it when it does not cross."""
         self._source = source
+        packet_id = publish.packet_id
+        if packet_id in self._busy:
+            if publish.dup and self._busy[packet_id] == _digest(publish):
+                return  # repeated on a live connection, as some brokers do; the target has it and will answer
+        elif not self._behind:
+            self._carry(publish)
+            return
+        if not self._behind:
+            self._moved = self._loop.time()
+        self._behind.append(publish)
+
+    def _carry(self, publish: Publish) -> None:
+        if publish.qos:
+            self._busy[publish.packet_id] = _digest(publish)
         if self._origin and self._outward and is_marked(publish, self._origin):
             self._counts["returned"] += 1
             self._acknowledge(publish.packet_id, publish.qos)
@@ -174,8 +212,6 @@ class Relay:
             self._counts["messages"] += 1
             self._acknowledge(publish.packet_id, publish.qos)
             return
-        if publish.dup and publish.packet_id in self._flights:
-            return  # repeated on a live connection, as 3.1 brokers do; the target has it and will answer
         if publish.qos > qos:
             self._lowered.add(publish.packet_id)
         self._send(publish.packet_id, _Flight(raw, qos, 0.0))
@@ -183,12 +219,15 @@ class Relay:
     def on_release(self, source: Connection, packet_id: int) -> None:
         """PUBREL from the source."""
         self._source = source
+        if self._behind:
+            self._moved = self._loop.time()
         if packet_id in self._ended:
             self._ended.discard(packet_id)
-            source.ack(_PUBCOMP, packet_id)
+            self._to_source(_PUBCOMP, packet_id)
             return
         flight = self._flights.get(packet_id)
         if flight is None:
+            self._busy[packet_id] = 0
             self._flights[packet_id] = _Flight(b"", 2, self._loop.time())  # a handshake of the connection before
         else:
             flight.sent = self._loop.time()
@@ -257,6 +296,9 @@ class Relay:
     def _on_refusal(self, packet_id: int, flight: _Flight, code: int) -> None:
         if not flight.raw:
             return  # taken before; only PUBREL is open
+        if code == _NOT_KEPT and self._not_kept is not None:
+            self._not_kept()
+            return
         del self._flights[packet_id]
         if code in (_QUOTA_EXCEEDED, _IN_USE):
             flight.raw = bytes((flight.raw[0] & 0xF7,)) + flight.raw[1:]  # not a repetition: it was not taken
@@ -299,5 +341,37 @@ class Relay:
             self._to_source(_PUBREC, packet_id)
 
     def _to_source(self, packet_type: int, packet_id: int) -> None:
-        if self._source is not None:
-            self._source.ack(packet_type, packet_id)
+        if self._source is None:
+            return
+        self._source.ack(packet_type, packet_id)
+        if packet_type == _PUBREC:
+            return
+        if self._behind:
+            self._answered.append(packet_id)
+            self._ask(self._source)
+        else:
+            self._busy.pop(packet_id, None)
+
+    def _ask(self, source: Connection) -> None:
+        """Free what is answered as soon as the source has read the answers."""
+        if self._asking is not None:
+            return
+        answered, self._answered = self._answered, []
+        asking = self._asking = asyncio.ensure_future(source.ping())
+
+        def heard(asking: asyncio.Future[float]) -> None:
+            if asking.cancelled() or asking.exception() is not None:
+                return  # the connection is lost, and with it this relay
+            self._asking = None
+            for packet_id in answered:
+                self._busy.pop(packet_id, None)
+            while self._behind and self._behind[0].packet_id not in self._busy:
+                self._carry(self._behind.popleft())
+            if self._answered:
+                self._ask(source)
+
+        asking.add_done_callback(heard)
+
+
+def _digest(publish: Publish) -> int:
+    return hash((publish.topic, publish.payload))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pymongo import UpdateOne
@@ -11,15 +11,14 @@ from pymongo import UpdateOne
 from broker.config.template import Template
 from broker.config.types import Duration
 from broker.connectors import mongodb
-from broker.extend.auth import BackendUnavailable
 from broker.extend.record import RecordTemplate
 from broker.extend.registry import Backend
 from broker.extend.sink import Fatal, NotConnected, Record, SinkConfig
+from sinks import _mongodb_series as series
 from sinks._mongodb_documents import UNFIT, Documents, encoded
-from sinks._mongodb_errors import AGAIN, DUPLICATE, pattern
+from sinks._mongodb_errors import AGAIN, DUPLICATE, asked, pattern
 from sinks._progress import Progress, Work
 
-T = TypeVar("T")
 _NONE = "is no document for MongoDB"
 
 
@@ -94,12 +93,18 @@ class Mongodb:
 
     async def check(self) -> None:
         if self._config.mode == "time_series":
-            await self._is_series()
+            await series.is_there(self._pool, self._config.collection)
         else:
-            await self._ask(self._pool.ping())
+            await asked(self._pool.ping())
 
     async def close(self) -> None:
         await self._pool.close()
+
+    async def _make_series(self) -> None:
+        config = self._config
+        if not await series.is_there(self._pool, config.collection):
+            await series.make(self._pool, config.collection, config.time_field, config.meta_field, config.expire)
+        self._ready = True
 
     async def _insert(self, work: Work) -> None:
         positions, documents = [], []
@@ -161,7 +166,7 @@ class Mongodb:
         if not writes:
             return set()
         send = self._pool.write if self._config.mode == "upsert" else self._pool.insert
-        errors = await self._ask(send(self._config.collection, writes))
+        errors = await asked(send(self._config.collection, writes))
         failed = {positions[error["index"]]: error for error in errors if not self._is_stored(error)}
         work.stored([position for position in positions if position not in failed])
         trouble: Exception | None = None
@@ -180,32 +185,6 @@ class Mongodb:
     def _is_stored(self, error: Mapping[str, Any]) -> bool:
         """Whether it says that a document with this `_id` is there: it came before."""
         return self._config.mode != "upsert" and error.get("code") in DUPLICATE and pattern(error) == ["_id"]
-
-    async def _is_series(self) -> bool:
-        name = self._config.collection
-        answer = await self._ask(self._pool.command({"listCollections": 1, "filter": {"name": name}}))
-        found = answer["cursor"]["firstBatch"]
-        if found and found[0].get("type") != "timeseries":
-            raise Fatal(f"collection {name} is there and no time series: choose another, or another mode")
-        return bool(found)
-
-    async def _make_series(self) -> None:
-        config = self._config
-        if not await self._is_series():
-            series = {"timeField": config.time_field, **({"metaField": config.meta_field} if config.meta_field else {})}
-            command: dict[str, Any] = {"create": config.collection, "timeseries": series}
-            if config.expire:
-                command["expireAfterSeconds"] = int(config.expire)
-            await self._ask(self._pool.command(command))
-        self._ready = True
-
-    async def _ask(self, question: Awaitable[T]) -> T:
-        try:
-            return await question
-        except mongodb.Rejected as error:
-            raise Fatal(str(error)) from None
-        except BackendUnavailable as error:
-            raise NotConnected(str(error)) from None
 
 
 async def open_mongodb(config: MongodbConfig) -> Mongodb:

@@ -21,6 +21,8 @@ _TOKEN = re.compile(
 )
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "s": " ", "0": "\0"}
 _ACTIONS: dict[str, Action] = {"publish": "publish", "subscribe": "subscribe", "pubsub": "all", "all": "all"}
+_LITERAL = re.compile(r"\^([A-Za-z0-9_@-]+)\$")
+"""A regular expression that one text matches."""
 _DEPTH = 16
 _WHO = "WHO is all, {user, …}, {client, …}, {group, …}, {ipaddr, …}, {'and', […]} or {'or', […]}"
 
@@ -183,6 +185,7 @@ def _action(term: Any) -> tuple[Action, frozenset[int] | None, bool | None]:
 
 def _who(term: Any) -> tuple[str | None, str | None, str | None, Condition | None]:
     """User name, client id, group, condition: the first three are kept apart because rules are looked up by them."""
+    term = _literal(term)
     if isinstance(term, _Tuple) and len(term) == 2 and isinstance(term[1], str) and not isinstance(term[1], _Atom):
         if term[0] in ("user", "username"):
             return _name(term[1]), None, None, None
@@ -191,6 +194,15 @@ def _who(term: Any) -> tuple[str | None, str | None, str | None, Condition | Non
         if term[0] == "group":
             return None, None, _name(term[1]), None
     return None, None, None, _condition(term)
+
+
+def _literal(term: Any) -> Any:
+    """``{username, {re, "^dashboard$"}}``, as EMQX 5's own acl.conf has it, names one user."""
+    inner = term[1] if isinstance(term, _Tuple) and len(term) == 2 else None
+    if isinstance(inner, _Tuple) and len(inner) == 2 and inner[0] == "re" and isinstance(inner[1], str):
+        match = _LITERAL.fullmatch(inner[1])
+        return _Tuple([term[0], match[1]]) if match else term
+    return term
 
 
 def _name(text: str) -> str:
@@ -203,6 +215,7 @@ def _name(text: str) -> str:
 
 def _condition(term: Any) -> Condition | None:
     """None: everybody."""
+    term = _literal(term)
     if isinstance(term, _Atom) and term == "all":
         return None
     if not isinstance(term, _Tuple) or len(term) < 2 or not isinstance(term[0], _Atom):

@@ -43,7 +43,7 @@ def check(connect: bool, strict: bool, worker: bool, as_json: bool) -> int:
     wrong = bool(problems or (strict and warnings))
     results: list[dict[str, Any]] = []
     if settings and not wrong:
-        problems = asyncio.run(_try_local(settings))
+        problems = asyncio.run(try_local(settings))
         wrong = bool(problems)
     if settings and connect and not wrong:
         results = asyncio.run(_try_all(settings, quiet=as_json))
@@ -72,7 +72,7 @@ def _beside_another(settings: Settings) -> tuple[list[str], list[str]]:
     return [], [sentence for instance in instances for sentence in adapt.without_effect(instance, settings)]
 
 
-async def _try_local(settings: Settings) -> list[str]:
+async def try_local(settings: Settings) -> list[str]:
     """What start and reload would say about backends whose opening reads files and does nothing else."""
     new = firstrun.pending(settings)
     found = []

@@ -29,6 +29,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "user": ("broker.cli.accounts", "user", "Add, change, delete and list accounts."),
     "ban": ("broker.cli.accounts", "ban", "Ban client ids, users and addresses."),
     "hash": ("broker.cli.access", "hash_password", "Print the argon2id hash of a password."),
+    "import": ("broker.cli.importers", "import_", "Turn the configuration of mosquitto or EMQX into fragments."),
     "bench": ("broker.cli.bench", "bench", "Measure a broker."),
     "worker": ("broker.cli.run", "worker", "Run sinks and bridges against any MQTT 5 broker."),
 }

@@ -265,8 +265,7 @@ class Engine:
         if session.spool is None:
             session.spool = journal.open(session)
         elif anew:
-            session.spool.marks = session.spool.marking = None
-            journal.snapshot(session.spool)
+            journal.unmark_all(session.spool)
         else:
             session.note_life(True)
             if session.spool.waiting:  # sent before that is on disk, a crash would repeat it without DUP

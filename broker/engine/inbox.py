@@ -325,7 +325,8 @@ class Inbox(Outbox):
             hold = Hold(self)
         core.received += 1
         if message.retain and not self.engine.retain(message, hold):
-            code = 0x97
+            # a bridge would send it again and again, and who is subscribed get it each time
+            code = 0 if self.principal.privileged else 0x97
         elif unkept:
             core.count("retain_denied")
             code = 0x87
@@ -477,7 +478,8 @@ class Inbox(Outbox):
                 if not self.v5:  # it will send the message again: whether that is known is not for us to say
                     self._end()
                     return
-                if packet[0] == 0x50:
+                if packet[0] == 0x50 and not (hold.code == 0x83 and self.principal.privileged):
+                    # else a bridge has it sent again: as for 3.x, whether that is known is not for us to say
                     self._free(packet)
                 packet = bytes((packet[0], 3, packet[2], packet[3], hold.code))
             out.append(packet)

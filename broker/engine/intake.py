@@ -289,6 +289,14 @@ class Intake:
         self._tick_soon()
         return True
 
+    def unmark_all(self, spool: Spool) -> None:
+        """The publisher begins anew: none of its identifiers means anything, nor does that of a message on its way to
+        disk, whose record comes behind this snapshot."""
+        for pending in (spool.marking or {}).values():
+            pending.publisher = None
+        spool.marks = spool.marking = None
+        self.snapshot(spool)
+
     def released(self, spool: Spool, seq: int, pending: Pending, channel: Any, reply: bytes) -> None:
         """PUBREC came: PUBREL leaves when that is on disk."""
         if pending.state == STORED:

@@ -1,7 +1,7 @@
 """A worker process: ``python -m broker.runtime.worker CHANNEL BUSY``, two descriptors inherited from the broker.
 
-It runs the instances the broker hands it and reads no configuration files. It ends when told to, on SIGTERM, or when
-the broker is gone, each time after what is under way was written, for a bounded time.
+It runs the instances the broker hands it and reads no configuration files. It ends when told to or on SIGTERM, after
+what is under way was written, for a bounded time; and at once when the broker is gone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from broker.runtime.host import Host
 
 DRAIN = 5.0
 """Seconds to write what was received before leaving, unless the broker says otherwise."""
-_ORPHAN_DRAIN = 3.0  # the broker is gone: acknowledgements reach nobody, only the write under way is worth finishing
+_ORPHAN_DRAIN = 0.0
+"""The broker is gone: acknowledgements reach nobody, and the next broker's worker writes all of it again. What this one
+still writes is stored twice, or even behind that."""
 _REPORT_EVERY = 1.0
 _REPORT_APART = 0.02
 

@@ -57,13 +57,15 @@ topics = [
     {{ filter = "chaos/down/#", direction = "in", qos = 2 }},
 ]
 """
-MOSQUITTO = "max_queued_messages 0\nmax_inflight_messages 1000"
-"""Global options of a mosquitto that drops nothing. Its window is bounded because mosquitto 2.0 forgets at a reconnect
-what is in flight: without a bound it gives a packet identifier to a second message once 65 535 are behind."""
+MOSQUITTO = "max_queued_messages 0\nmax_inflight_messages 0"
+"""Global options of a mosquitto that drops nothing."""
 
 Only = Literal["both", "broker", "worker"]
 
 _FAR = "mosquitto at QoS 2"
+_FAR_BEHIND = 30_000
+"""Messages that may wait on mosquitto for the bridge. It gives a message its packet identifier when it comes, and up to
+2.0.12 no window bounds what it has in flight: of more than 65 535 two would have the same."""
 _TICK = 0.005
 _BURST = 10
 _WORKERS_SHARE = 0.3
@@ -184,7 +186,7 @@ class Run:
             away = [s for s in self.subscribers if s.path.startswith("roaming") or s.path == "bridge in"]
             load += [asyncio.create_task(roam(s, random.Random(self.chance.random()))) for s in away]
             load.append(asyncio.create_task(self._drive(self.publishers, self.plan.rate)))
-            load.append(asyncio.create_task(self._drive([self.far_publisher], self.plan.far_rate)))
+            load.append(asyncio.create_task(self._drive([self.far_publisher], self.plan.far_rate, self._far_has_room)))
             load.append(asyncio.create_task(self._hinder(random.Random(self.chance.random()))))
             load.append(asyncio.create_task(self._cut(random.Random(self.chance.random()))))
             began = time.monotonic()
@@ -274,7 +276,10 @@ class Run:
 
     # load and kills
 
-    async def _drive(self, publishers: Sequence[Publisher], rate: int) -> None:
+    def _far_has_room(self) -> bool:
+        return self.books.behind("bridge in", "far") < _FAR_BEHIND
+
+    async def _drive(self, publishers: Sequence[Publisher], rate: int, may: Callable[[], bool] = lambda: True) -> None:
         """Let them publish in bursts, in turn, up to the rate; whoever has no connection or no window is passed by."""
         turn = itertools.cycle(publishers)
         due = 0.0
@@ -284,6 +289,8 @@ class Run:
             now = time.monotonic()
             due = min(due + (now - then) * rate, rate * 0.05)
             then = now
+            if not may():
+                continue
             for publisher in itertools.islice(turn, len(publishers)):
                 if due < 1:
                     break
@@ -403,6 +410,7 @@ class Run:
         async for value, record in outlets.records(self.kafka.bootstrap, self.topic):
             self.books.arrived("Kafka", value)
             stored.append(record)
+            self.books.note(f"kafka\t{record.partition}\t{record.appended}\t{record.msgid}")
         return compare_kafka(stored, self.victim.kill_times, self.books)
 
 

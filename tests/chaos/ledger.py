@@ -184,6 +184,10 @@ class Books:
         if self._lines is not None:
             self._lines.write(f"{text}\n".encode())
 
+    def behind(self, path: str, stream: str) -> int:
+        """Messages between the last one sent and the highest that has come out of a path."""
+        return len(self.streams[stream].sent) - self._highest[path][stream]
+
     def times_sent(self, stream: str, number: int) -> int:
         """How often a message was sent; 0 for one that never was."""
         there = self.streams.get(stream)

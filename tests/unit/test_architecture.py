@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "extend": {"config", "mqtt"},
     "client": {"mqtt"},
     "runtime": {"mqtt", "client"} | EDGES,
+    "importers": {"config"},
     "connectors": EDGES,
     "access": {"mqtt", "engine"} | EDGES,
     **{

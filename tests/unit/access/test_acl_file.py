@@ -57,6 +57,13 @@ def decide(tmp_path: Path) -> Callable[..., bool | None]:
     return decide
 
 
+def test_a_regular_expression_that_one_text_matches_is_that_text(decide: Callable[..., bool | None]) -> None:
+    """As in the acl.conf that EMQX 5 comes with."""
+    text = '{allow, {username, {re, "^dashboard$"}}, subscribe, ["$SYS/#"]}.\n{deny, all, subscribe, ["$SYS/#"]}.\n'
+    assert decide(text, SUBSCRIBE, "$SYS/x", username="dashboard") is True
+    assert decide(text, SUBSCRIBE, "$SYS/x", username="dashboards") is False
+
+
 def test_emq_tuples(decide: Callable[..., bool | None]) -> None:
     assert decide(EMQ, SUBSCRIBE, "$SYS/x", username="dashboard") is True
     assert decide(EMQ, SUBSCRIBE, "$SYS/x") is False

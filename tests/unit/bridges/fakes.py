@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from typing import Any
 
@@ -29,6 +30,11 @@ class FakeConnection:
 
     def ack(self, packet_type: int, packet_id: int, code: int = 0) -> None:
         self.sent.append((packet_type, packet_id))
+
+    async def ping(self) -> float:
+        pong: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self.sent.append(("ping", pong))
+        return await pong
 
     def taken(self) -> list[tuple[Any, ...]]:
         sent, self.sent = self.sent, []
@@ -64,6 +70,7 @@ class Bench:
         self.target: Any = FakeConnection(version, properties)
         self.counts: Counter[str] = Counter()
         self.refusals: list[tuple[str, str]] = []
+        self.not_kept = 0
         self.relay = Relay(
             Routes(lines or (line(),), outward),
             Target(self.target, window),
@@ -73,11 +80,17 @@ class Bench:
             retain=retain,
             origin=origin,
             refused=lambda why, detail: self.refusals.append((why, detail)),
+            not_kept=None if outward else self._count_not_kept,
         )
 
-    def publish(self, packet_id: int = 1, qos: int = 2, topic: bytes = b"a", **keys: Any) -> None:
+    def _count_not_kept(self) -> None:
+        self.not_kept += 1
+
+    def publish(
+        self, packet_id: int = 1, qos: int = 2, topic: bytes = b"a", payload: bytes = b"x", **keys: Any
+    ) -> None:
         """A message from the source."""
-        self.relay.on_publish(self.source, Publish(topic, b"x", qos, packet_id=packet_id if qos else 0, **keys))
+        self.relay.on_publish(self.source, Publish(topic, payload, qos, packet_id=packet_id if qos else 0, **keys))
 
     def crossed(self) -> list[Publish]:
         """Messages the target was sent since the last call; acknowledgements among them are dropped."""

@@ -52,6 +52,44 @@ async def test_a_repetition_on_a_live_connection_is_not_sent_twice() -> None:
     assert len(bench.crossed()) == 1
 
 
+async def test_b03_a_message_under_an_open_identifier_waits_until_the_source_has_read_the_last_answer() -> None:
+    """mosquitto up to 2.0.12 gives an identifier away twice when more than 65 535 messages are behind."""
+    bench = Bench(line(direction="in"), outward=False)
+    bench.publish(7, payload=b"first")
+    bench.publish(7, payload=b"second")
+    bench.publish(8, payload=b"behind")
+    bench.publish(0, qos=0, payload=b"at the end")
+    assert [m.payload for m in bench.crossed()] == [b"first"]
+    assert bench.relay.open == 4
+    bench.relay.on_answer(PUBREC, 7, 0)
+    bench.relay.on_release(bench.source, 7)
+    bench.target.taken()
+    bench.relay.on_answer(PUBCOMP, 7, 0)
+    await asyncio.sleep(0)
+    *answers, (ping, pong) = bench.source.taken()
+    assert [*answers, ping] == [(PUBREC, 7), (PUBCOMP, 7), "ping"]
+    assert bench.crossed() == [], "a cut could bring PUBREL again, which would free what the second is known by"
+    pong.set_result(0.0)
+    await asyncio.sleep(0.001)
+    assert [m.payload for m in bench.crossed()] == [b"second", b"behind", b"at the end"]
+    assert bench.relay.stalled() is None
+    bench.publish(7, payload=b"second", dup=True)
+    assert bench.relay.open == 2, "that is a repetition"
+
+
+async def test_a_source_that_uses_an_identifier_twice_and_ends_neither_message_is_noticed() -> None:
+    bench = Bench(line(direction="in"), outward=False)
+    began = asyncio.get_running_loop().time()
+    assert bench.relay.stalled() is None
+    bench.publish(7, payload=b"first")
+    bench.publish(7, payload=b"second")
+    since = bench.relay.stalled()
+    assert since is not None
+    assert since >= began
+    bench.relay.close()
+    assert bench.relay.stalled() is None
+
+
 async def test_qos_is_the_lower_of_message_and_line() -> None:
     bench = Bench(line("one", 1), line("zero", 0), line("two", 2))
     bench.publish(1, qos=1, topic=b"two")
@@ -140,6 +178,16 @@ async def test_quota_exceeded_is_tried_again_and_never_acknowledged_meanwhile(qo
     bench.relay.on_answer(answer, 7, 0)
     assert bench.source.taken() == [(answer, 7)]
     bench.relay.close()
+
+
+@pytest.mark.parametrize(("qos", "answer"), [(1, PUBACK), (2, PUBREC)])
+async def test_d05_what_our_own_broker_could_not_store_is_not_acknowledged_to_the_remote(qos: int, answer: int) -> None:
+    bench = Bench(line(direction="in"), outward=False)
+    bench.publish(7, qos=qos)
+    bench.relay.on_answer(answer, 7, 0x83)
+    assert bench.not_kept == 1
+    assert bench.source.taken() == []
+    assert not bench.counts
 
 
 async def test_an_identifier_in_use_is_freed_before_the_message_is_sent_again() -> None:

@@ -106,6 +106,18 @@ def test_r07_the_number_of_retained_messages_is_bounded() -> None:
     ]
 
 
+@pytest.mark.parametrize(("qos", "answer"), [(1, PUBACK), (2, PUBREC)])
+def test_r07_what_a_bridge_brings_in_beyond_the_bound_is_given_out_once(qos: int, answer: int) -> None:
+    bench = Bench(max_retained_messages=1)
+    s = bench.client("s")
+    s.subscribe("#")
+    inlet = bench.client("isthmus/x/in", version=5, privileged=True)
+    inlet.publish("t/0", b"m", qos, ident=1, retain=True).publish("t/1", b"m", qos, ident=2, retain=True)
+    assert inlet.bytes() == ack(answer, 1) + ack(answer, 2), "0x97 would have it sent again"
+    assert [m.topic for m in s.take()] == [b"t/0", b"t/1"]
+    assert bench.engine.core.dropped == {"retained_full": 1}
+
+
 def test_r07_one_client_has_a_quota_of_retained_messages() -> None:
     bench = Bench(max_retained_per_client=2)
     five, other = bench.client("five", version=5), bench.client("other", version=5)
