@@ -17,6 +17,7 @@ from broker.extend.sink import Fatal, NotConnected, Record, SinkConfig
 from sinks import _mongodb_series as series
 from sinks._mongodb_documents import UNFIT, Documents, encoded
 from sinks._mongodb_errors import AGAIN, DUPLICATE, asked, pattern
+from sinks._mongodb_inserts import Inserts
 from sinks._progress import Progress, Work
 
 _NONE = "is no document for MongoDB"
@@ -83,6 +84,8 @@ class Mongodb:
         self._pool = pool
         self._documents = Documents(config.fields, dates=config.dates, documents=config.documents)
         self._ready = config.mode != "time_series"
+        recognised = config.mode == "insert" and "_id" in config.fields
+        self._inserts = Inserts(pool, config.collection, recognised=recognised)
         self._progress = Progress()
 
     async def write(self, batch: Sequence[Record]) -> None:
@@ -165,8 +168,10 @@ class Mongodb:
         """One bulk write. Answers the positions that were refused; raises for what is to come again."""
         if not writes:
             return set()
-        send = self._pool.write if self._config.mode == "upsert" else self._pool.insert
-        errors = await asked(send(self._config.collection, writes))
+        if self._config.mode == "upsert":
+            errors = await asked(self._pool.write(self._config.collection, writes))
+        else:
+            errors = await self._inserts.send(writes)
         failed = {positions[error["index"]]: error for error in errors if not self._is_stored(error)}
         work.stored([position for position in positions if position not in failed])
         trouble: Exception | None = None

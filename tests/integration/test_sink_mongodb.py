@@ -253,6 +253,25 @@ async def test_s07_a_command_refused_as_a_whole_is_taken_apart(code: int) -> Non
         assert "because" in refused[9][0]
 
 
+async def test_what_is_too_much_for_one_command_is_sent_in_several() -> None:
+    """A server ends the connection at such a command: the next attempt is the driver's, which knows the limits."""
+
+    class Small(Member):
+        def _answer(self, command: Mapping[str, Any]) -> dict[str, Any]:
+            if "insert" in command and len(command["documents"]) > 2:
+                raise ConnectionError
+            answer = super()._answer(command)
+            return {**answer, "maxWriteBatchSize": 2} if "setName" in answer else answer
+
+    async with Small() as member, opened(BACKEND, member.raw) as sink:
+        with pytest.raises(NotConnected):
+            await sink.write(records(1, 2, 3))
+        assert not member.commands
+        await sink.write(records(1, 2, 3))
+        await sink.write(records(4, 5))
+        assert [len(command["documents"]) for command in member.commands] == [2, 1, 2]
+
+
 async def test_what_no_majority_has_comes_again() -> None:
     async with Member() as member, opened(BACKEND, member.raw) as sink:
         member.answers = [{"ok": 1.0, "n": 1, "writeConcernError": {"code": 64, "errmsg": "waiting timed out"}}]
