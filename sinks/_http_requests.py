@@ -13,6 +13,7 @@ import orjson
 from broker.config.template import MissingValue, Placeholder, Template
 from broker.connectors.endpoint import Trust
 from broker.connectors.http import check_url
+from broker.connectors.json_text import compile_value
 from broker.extend.record import Render, compile_template, to_bytes, to_text
 from broker.extend.sink import Record
 from sinks._progress import naming
@@ -142,7 +143,7 @@ def _header(name: str, template: Template) -> Callable[[Record], str | None]:
 
 
 def _text(template: Template) -> Callable[[Record], bytes]:
-    render = compile_template(template)
+    render = compile_value(template)
 
     def body(record: Record) -> bytes:
         value = to_bytes(render(record))

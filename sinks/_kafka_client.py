@@ -5,25 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, for_code
+from aiokafka.protocol.metadata import MetadataRequest
 
 from broker.extend.sink import Fatal, NotConnected
 from sinks import _kafka_connection, _kafka_log
 from sinks._kafka_diagnosis import Diagnosis
 from sinks._kafka_ending import Ending
+from sinks._kafka_errors import Verdict, about_topic, describe, verdict
 from sinks._kafka_security import Sasl, Tls, driver_options, token_provider
 
 _log = logging.getLogger("sinks.kafka")
 
 _METADATA_EVERY_MS = 60_000
 _MISSING_FOR = 30.0  # seconds until a missing topic is a mistake and not a topic about to be made
+_SILENT = 12.0  # seconds after which a connection that answers nothing is replaced, however patient we are told to be
 
 _kafka_connection.install()
 _kafka_log.install()
@@ -112,15 +115,15 @@ class Cluster:
             async with asyncio.timeout(self._timeout):
                 if own is not None:
                     await own.bootstrap()
-                cluster = await client.fetch_all_metadata()
+                answers = await _ask_about(client, topics)
         except (KafkaError, OSError, TimeoutError) as error:
             raise await self._diagnosis.reason(error) from error
         finally:
             if own is not None:
                 await own.close()
         for topic in topics:
-            if topic not in cluster.topics():
-                raise Fatal(f"Kafka has no topic {topic!r}, or we may not see it: create it or allow it")
+            if reason := about_topic(topic, answers.get(topic)):
+                raise reason
 
     async def close(self) -> None:
         """Within four seconds."""
@@ -152,8 +155,8 @@ class Cluster:
         security = self._security()
         try:
             producer = AIOKafkaProducer(
-                bootstrap_servers=self._servers, enable_idempotence=True, acks="all", linger_ms=0,
-                request_timeout_ms=int(self._timeout * 1000), metadata_max_age_ms=_METADATA_EVERY_MS,
+                bootstrap_servers=self._servers, linger_ms=0,
+                request_timeout_ms=int(min(self._timeout, _SILENT) * 1000), metadata_max_age_ms=_METADATA_EVERY_MS,
                 **self._options, **security,
             )  # fmt: skip
         except RuntimeError as error:  # a compression whose library is not installed
@@ -163,8 +166,25 @@ class Cluster:
                 await producer.start()
         except (KafkaError, OSError, TimeoutError, ValueError) as error:
             await producer.stop()
+            if verdict(error) is Verdict.FATAL:
+                raise Fatal(f"Kafka does not let us write: {describe(error)}") from error
             raise await self._diagnosis.reason(error) from error
         except BaseException:
             await producer.stop()
             raise
         return producer
+
+
+async def _ask_about(client: AIOKafkaClient, topics: Iterable[str]) -> dict[str, type[KafkaError]]:
+    """What the cluster says of each of these topics, and of no other: there may be very many. None is made by that.
+    KafkaError when no broker answers."""
+    question = MetadataRequest(list(topics), allow_auto_topic_creation=False)
+    trouble: KafkaError = KafkaError("no broker answers")
+    for broker in client.cluster.brokers():
+        try:
+            answer = await client.send(broker.nodeId, question)
+        except KafkaError as error:
+            trouble = error
+        else:
+            return {topic: for_code(code) for code, topic, *_ in answer.topics}
+    raise trouble

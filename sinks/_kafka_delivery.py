@@ -22,6 +22,7 @@ from sinks._kafka_part import Part, Place
 
 _RESENDS = 8  # through a new producer each time; another lane's refused record costs one, too
 _LOOK_EVERY = 1.0  # seconds between two looks whether a cluster that owes us answers is there at all
+_LOOK_WITHIN = 8.0  # seconds it has to say that it is, however long the answers may take
 
 
 class Delivery:
@@ -66,7 +67,7 @@ class Delivery:
             for future in done:
                 del waiting[future]
             if waiting and not done and (left := deadline - loop.time()) > 0:
-                await self._cluster.look(next(iter(waiting.values())).producer, left)
+                await self._cluster.look(next(iter(waiting.values())).producer, min(left, _LOOK_WITHIN))
 
     async def topics(self, producer: AIOKafkaProducer, todo: Iterable[int]) -> dict[str, int]:
         """Number of partitions of every topic this round needs."""
@@ -103,7 +104,7 @@ class Delivery:
                     continue
                 key, value = key_of(record), value_of(record)
                 timestamp, headers = timestamp_of(record), headers_of(record)
-            except (TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError) as error:
                 self.failed[position] = f"cannot be rendered for Kafka: {error}"
                 continue
             part = by_key.get(key)
@@ -140,8 +141,10 @@ class Delivery:
                     handed.append(part)
                     self.sent.append(part)
         except (KafkaError, IllegalOperation, TimeoutError, AssertionError) as error:  # last: a partition is no more
-            if verdict(error) is not Verdict.RESEND:
-                raise NotConnected(f"Kafka takes no batch: {describe(error)}") from error
+            judged = verdict(error)
+            if judged is not Verdict.RESEND:
+                kind = Fatal if judged is Verdict.FATAL else NotConnected
+                raise kind(f"Kafka takes no batch: {describe(error)}") from error
             self._cluster.discard(part.producer)
             self._resent += 1
         return handed

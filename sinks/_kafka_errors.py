@@ -82,6 +82,18 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def about_topic(topic: str, error: type[errors.KafkaError] | None) -> NotConnected | Fatal | None:
+    """Why a topic of which the cluster says this cannot be written to; with None it says nothing."""
+    if error is None or error is errors.UnknownTopicOrPartitionError:
+        return Fatal(f"Kafka has no topic {topic!r}, or we may not see it: create it or allow it")
+    if error is errors.TopicAuthorizationFailedError:
+        return Fatal(f"Kafka does not let us write to topic {topic!r}: allow it")
+    if error is errors.NoError:
+        return None
+    kind = Fatal if verdict(error()) is Verdict.FATAL else NotConnected
+    return kind(f"Kafka topic {topic!r}: {describe(error())}")
+
+
 def refusal(server: str, error: BaseException) -> NotConnected | Fatal:
     """Why a connection to `server` could not be made."""
     if isinstance(error, TokenRefused):

@@ -8,7 +8,8 @@ from functools import lru_cache
 from itertools import count
 from typing import Literal
 
-from broker.config.template import Template
+from broker.config.template import MissingValue, Template
+from broker.connectors.json_text import compile_value
 from broker.extend.record import compile_template, to_bytes
 from broker.extend.sink import Record
 
@@ -87,7 +88,7 @@ class Layout:
         self.topic_of = compile_template(topic)
         self.allowed = allowed
         self.key = default_key if key is None else bytes_of(key)
-        self.value = bytes_of(value)
+        self.value = value_of(value)
         self.timestamp = timestamp_of(timestamp)
         self.headers = headers_of(headers)
         self.partitioner = Partitioner(partition)
@@ -97,10 +98,25 @@ class Layout:
 
 def bytes_of(template: Template) -> Bytes:
     """The template's value as bytes; a template that is `${payload}` costs nothing."""
-    render = compile_template(template)
+    render = compile_value(template)
     if template.text == "${payload}":
         return render
     return lambda record: to_bytes(render(record))
+
+
+def value_of(template: Template) -> Bytes:
+    """The same where there has to be one: a null deletes what a compacted topic holds. MissingValue without."""
+    render = bytes_of(template)
+    if template.text in ("${payload}", "${.}"):
+        return render
+
+    def value(record: Record) -> bytes:
+        found = render(record)
+        if found is None:
+            raise MissingValue(template.names[0])
+        return found
+
+    return value
 
 
 def default_key(record: Record) -> bytes:

@@ -140,7 +140,8 @@ class Transactions:
         except ProducerFenced as error:
             raise _Spent from error
         except (KafkaError, TimeoutError, AssertionError) as error:  # the last: the driver's transaction is over
-            raise NotConnected(f"Kafka's transaction did not end well: {describe(error)}") from error
+            kind = Fatal if verdict(error) is Verdict.FATAL else NotConnected
+            raise kind(f"Kafka's transaction did not end well: {describe(error)}") from error
         self._now += ids
         self._advanced = True
         self._stored = frozenset((*self._before, *self._now))

@@ -12,7 +12,8 @@ from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError
 
 from broker.config.template import Template
-from broker.extend.record import Render, compile_template
+from broker.connectors.json_text import compile_value
+from broker.extend.record import Render
 from broker.extend.sink import Record
 
 _LARGEST = 16 << 20
@@ -63,7 +64,7 @@ def encoded(values: Mapping[str, Any]) -> bytes:
 
 def _converted(template: Template, convert: Callable[[Any], Any] | None) -> Render:
     """A missing value stays None."""
-    render = compile_template(template)
+    render = compile_value(template)
     if convert is None:
         if template.text in _NEVER_BYTES:
             return render

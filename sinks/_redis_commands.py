@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from broker.config.template import Template
+from broker.connectors.json_text import compile_value
 from broker.connectors.redis import Command
-from broker.extend.record import compile_template, to_bytes
+from broker.extend.record import to_bytes
 from broker.extend.sink import Record
 from sinks._progress import naming
 
@@ -20,9 +21,9 @@ class Commands:
     ) -> None:  # fmt: skip
         self._command = command
         self._key = naming(key)
-        self._fields = [(name.encode(), compile_template(template)) for name, template in fields.items()]
+        self._fields = [(name.encode(), compile_value(template)) for name, template in fields.items()]
         self._value_text = value.text
-        self._value = compile_template(value)
+        self._value = compile_value(value)
         self._max_length = max_length
         self._expire = str(int(expire * 1000))
         self._own_ids = own_ids

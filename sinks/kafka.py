@@ -22,6 +22,7 @@ from sinks._kafka_transactions import Transactions
 
 _MOST_UNSETTLED = 262_144
 _MOST_NOTED = 20_000
+_ACKS = {"all": "all", "leader": 1, "none": 0}
 
 
 class KafkaConfig(SinkConfig):
@@ -36,7 +37,7 @@ class KafkaConfig(SinkConfig):
     key: RecordTemplate | None = None
     """Key of a record; `${clientid}` if it is not given, `${topic}` where nobody vouches for a client id."""
     value: RecordTemplate = Template("${payload}")
-    """Value of a record: the bytes as they came; `${.}` is a JSON envelope. A missing value is a null."""
+    """Value of a record: the bytes as they came; `${.}` is a JSON envelope. Without a value it is a dead letter."""
     headers: bool | dict[str, RecordTemplate] = True
     """`true`: `mqtt-topic`, `mqtt-clientid`, `mqtt-username`, `mqtt-qos`, `mqtt-retain`, `mqtt-msgid`, what of
     `mqtt-content-type`, `mqtt-response-topic`, `mqtt-correlation-data` was sent, and the user properties;
@@ -45,6 +46,11 @@ class KafkaConfig(SinkConfig):
     """Milliseconds since 1970; the time of sending if there is no value."""
     partition: Strategy | Annotated[int, Field(strict=True, ge=0)] = "key"
     """`key` (as Java's producers do) | `topic_hash` | `round_robin` | `sticky` (one for each batch) | a number."""
+    acks: Literal["all", "leader", "none"] = "all"
+    """Who has to have a record before it counts as stored: all (in-sync replicas) | leader (lost with it) | none (it
+    was sent; whether it arrived nobody knows). All but `all` need `idempotent = false`."""
+    idempotent: bool = True
+    """Whether Kafka recognises what is sent again after an error; `false` stores it twice then."""
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "zstd"
     """How batches are compressed: none | gzip | snappy | lz4 | zstd."""
     max_batch_bytes: Size | None = Field(default=None, ge=1024, le=1 << 30)
@@ -73,6 +79,14 @@ class KafkaConfig(SinkConfig):
         return self
 
     @model_validator(mode="after")
+    def _idempotence_is_possible(self) -> KafkaConfig:
+        if self.acks != "all" and self.idempotent:
+            raise ValueError(f'acks = "{self.acks}" needs idempotent = false')
+        if self.transactional_id and not self.idempotent:
+            raise ValueError('transactional_id needs acks = "all" and idempotent = true')
+        return self
+
+    @model_validator(mode="after")
     def _transactions_are_small_and_in_order(self) -> KafkaConfig:
         if self.transactional_id and self.lanes != 1:
             raise ValueError("transactional_id needs lanes = 1: a transaction holds one batch")
@@ -96,6 +110,7 @@ class Kafka:
         self._cluster = Cluster(
             [str(server) for server in config.servers], config.sasl, tls, config.request_timeout,
             client_id=f"isthmus-{config.name}", max_batch_size=limit,
+            acks=_ACKS[config.acks], enable_idempotence=config.idempotent,
             compression_type=None if none else config.compression, transactional_id=config.transactional_id or None,
             transaction_timeout_ms=int(config.transaction_timeout * 1000),
         )  # fmt: skip

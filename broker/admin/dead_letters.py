@@ -131,7 +131,8 @@ class _Reader(Handler):
         self._arrived.append(publish)
 
     def on_batch_end(self, conn: Connection) -> None:
-        self._more.set()
+        if self._arrived:  # a read may end in the middle of a large letter
+            self._more.set()
 
     def on_lost(self, conn: Connection, exc: Exception | None) -> None:
         self._more.set()

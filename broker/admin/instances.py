@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import weakref
 from collections import deque
@@ -12,10 +13,14 @@ from typing import Any
 from broker.admin.control import CommandFailed
 from broker.engine.instances import RESERVED
 
+_log = logging.getLogger(__name__)
+
 EVERY = 1.0
 """Seconds between two looks at the counters."""
 WINDOW = 10
 """Looks a throughput is the average of."""
+QUIET = 60
+"""Looks without a loss after which the next one is said again."""
 
 
 class Throughput:
@@ -42,12 +47,37 @@ class Throughput:
         return round((count - before) / (now - since), 1)
 
 
+class Losses:
+    """Says in the log when the queue of an instance begins to lose or refuse messages, and how many it were."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+        self._begun: dict[str, tuple[int, int]] = {}
+        """How many were known when it began, and looks since the last one."""
+
+    def look(self, counters: Mapping[str, int]) -> None:
+        """One look at all counters, by name."""
+        for name, count in counters.items():
+            before = min(self._known.get(name, 0), count)
+            since, quiet = self._begun.get(name, (before, QUIET))
+            if count > before:
+                if name not in self._begun:
+                    _log.warning("%s: its queue is full, messages are dropped or refused; status counts them", name)
+                self._begun[name] = since, 0
+            elif quiet + 1 < QUIET:
+                self._begun[name] = since, quiet + 1
+            elif self._begun.pop(name, None):
+                _log.warning("%s: %d messages were dropped or refused, none for a while", name, count - since)
+        self._known = dict(counters)
+
+
 class Instances:
     """One method per command, for both rooms. `broker` is the application's `Broker`."""
 
     def __init__(self, broker: Any) -> None:
         self._broker = broker
         self._throughput = Throughput()
+        self._losses = Losses()
         asyncio.get_running_loop().call_later(EVERY, _look, weakref.ref(self))
 
     def status(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -82,10 +112,20 @@ class Instances:
         return {"resumed": name}
 
     def look(self) -> None:
-        """Remember how far everything is, for the throughput."""
+        """Remember how far everything is, for the throughput, and say what was lost."""
         reports = self._broker.supervisor.status()
         counters = {f"{room}.{name}": _count(report) for room in reports for name, report in reports[room].items()}
         self._throughput.look(time.monotonic(), counters)
+        self._losses.look({f"{room}.{name}": self._lost(name) for room in reports for name in reports[room]})
+
+    def _lost(self, name: str) -> int:
+        """Messages the queues of an instance dropped or refused. Its lanes are found by name, as clients are many."""
+        engine = self._broker.engine
+        count = number = 0
+        while (lane := engine.sessions.get(client_id := f"{RESERVED}{name}/{number}")) is not None:
+            count += engine.core.refused.get(client_id, 0) + (lane.dropped or {}).get("queue_full", 0)
+            number += 1
+        return count
 
     def _describe(self, room: str, name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         """What its worker tells, and what the broker knows of the sessions that feed it."""
@@ -104,6 +144,7 @@ class Instances:
             "acked": sum(s.acked for s in lanes),
             "retried": sum(report.get(key, 0) for key in ("retried", "retried_in", "retried_out")),
             "dropped": merged([*losses, *(s.dropped for s in lanes)]),
+            "refused": sum(engine.core.refused.get(s.client_id, 0) for s in lanes),
             "dead_letters": letters.queued if letters is not None else 0,
             "attached": all(s.channel is not None for s in lanes),
             "configured": instance.origin if instance is not None else None,

@@ -12,8 +12,9 @@ import orjson
 
 from broker.config.template import Placeholder, Template
 from broker.connectors import sql_values as to
-from broker.extend.record import Render, compile_template
-from broker.extend.sink import Record
+from broker.connectors.json_text import compile_value
+from broker.extend.record import Render
+from broker.extend.sink import UNREAD, Record
 
 Row = tuple[Any, ...]
 
@@ -22,11 +23,12 @@ _PLAIN = frozenset({"msgid", "clientid", "username", "topic", "peerhost", "node"
 _ATTRIBUTES = _PLAIN | {"ts", "qos", "payload"}
 _TIMES = frozenset({to.moment, to.local_moment, to.moment_text, to.day, to.day_text})
 _TEXTS: set[type] = {str}
-_UNFIT = (ValueError, TypeError, OverflowError)
+_UNFIT = (LookupError, ValueError, TypeError, OverflowError)
 
 
 class Cell:
-    """One column: how its value comes out of a record. `get` raises ValueError, TypeError or OverflowError."""
+    """One column: how its value comes out of a record. `get` raises LookupError, ValueError, TypeError or
+    OverflowError."""
 
     __slots__ = ("_attribute", "_convert", "_fits", "_is_time", "_literal", "_required", "get", "name", "path")
 
@@ -48,7 +50,7 @@ class Cell:
                 self.path = tuple(map(str, only.path))
             if not only.path and root in _ATTRIBUTES:
                 self._attribute = attrgetter(root)
-        render = compile_template(template)
+        render = compile_value(template)
         self.get: Render
         if required:
             self.get = _required(render, convert, template)
@@ -107,7 +109,7 @@ def rows(cells: Sequence[Cell], records: Sequence[Record]) -> tuple[list[int], l
         try:
             objects = []
             if any(cell.path for cell in cells):
-                objects = [orjson.loads(record.payload) for record in records]
+                objects = [orjson.loads(r.payload) if r.json is UNREAD else r.json for r in records]
             columns = [cell.column(records, objects) for cell in cells]
         except (*_UNFIT, AttributeError, RecursionError):
             pass

@@ -43,6 +43,7 @@ cdef class Core:
     cdef public long long sent
     cdef public long long received_bytes
     cdef public dict dropped
+    cdef public dict refused
     cdef public object on_drop
     cdef public dict events
     cdef public set stalled

@@ -74,6 +74,8 @@ class Core:
         self.sent = 0
         self.received_bytes = 0
         self.dropped: dict[str, int] = {}
+        self.refused: dict[str, int] = {}
+        """Messages that the queue of a sink or bridge refused to their publishers, by its client id."""
         self.on_drop: Callable[[str, int, Any], None] | None = None
         """Told of every dropped message by reason, number and the session that loses it or published it, if any."""
         self.events: dict[str, int] = {}

@@ -97,6 +97,7 @@ class Instances:
             if session.channel is not None:
                 session.channel.disconnect(0x98)
             left += session.queued
+            self.core.refused.pop(session.client_id, None)
             if not session.queued:
                 self._end_session(session)
             elif session.blocked is not None:

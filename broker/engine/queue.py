@@ -51,7 +51,10 @@ class Queue(Receiver):
             return DONE
         if self.queue_bytes + size <= spec.max_bytes:
             return DONE
-        return LATER if spec.overflow == "block" and size <= spec.max_bytes else REFUSED
+        if spec.overflow == "block" and size <= spec.max_bytes:
+            return LATER
+        self.core.refused[self.client_id] = self.core.refused.get(self.client_id, 0) + 1
+        return REFUSED
 
     def has_room(self, size: int) -> bool:
         """As `Receiver.has_room`: half of the queue is left to live messages."""

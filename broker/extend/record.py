@@ -16,7 +16,7 @@ import orjson
 from pydantic import AfterValidator
 
 from broker.config.template import Placeholder, Template
-from broker.extend.sink import Record
+from broker.extend.sink import UNREAD, Record
 from broker.mqtt.packets import Publish
 
 METADATA = "$isthmus"
@@ -165,21 +165,15 @@ def _field(path: tuple[str | int, ...]) -> Render:
     return find
 
 
-_parsed: tuple[bytes, Any] = (b"", None)
-
-
 def payload_json(record: Record) -> Any:
-    """The payload read as JSON, None when it is none. Parsed once for all templates that ask in turn about a record."""
-    global _parsed
-    payload = record.payload
-    known = _parsed  # one pair, replaced as a whole: right in every thread, whoever else asks
-    if known[0] is payload:
-        return known[1]
-    try:
-        value = orjson.loads(payload)
-    except (ValueError, RecursionError):
-        value = None
-    _parsed = (payload, value)
+    """The payload read as JSON, None when it is none. Parsed once for all conditions and templates."""
+    value = record.json
+    if value is UNREAD:
+        try:
+            value = orjson.loads(record.payload)
+        except (ValueError, RecursionError):
+            value = None
+        record.json = value
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -78,6 +78,10 @@ class SinkConfig(InstanceConfig):
         )
 
 
+UNREAD: Any = object()
+"""Stands for JSON that nobody has asked for yet."""
+
+
 @dataclass(slots=True)
 class Record:
     """One message on its way into a sink. Values are what the broker vouches for (or None from a foreign broker)."""
@@ -99,6 +103,8 @@ class Record:
     correlation_data: bytes | None = None
     user_properties: list[tuple[str, str]] = field(default_factory=list)
     node: str | None = None
+    json: Any = field(default=UNREAD, init=False, repr=False, compare=False)
+    """The payload read as JSON, once somebody asked `payload_json` for it; None when it is none."""
 
 
 class NotConnected(ConnectionError):

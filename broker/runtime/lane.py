@@ -279,7 +279,7 @@ class Lane(Handler):
             try:
                 await self._graveyard.bury(letters)
             except (OSError, TimeoutError) as error:
-                self.writer.stumble(State.RETRYING, f"dead letters: {self._describe(error)}")
+                self.writer.stumble(State.RETRYING, f"dead letters: {self._describe(error)}", "dead_letters")
                 await self.writer.nap(wait.next())
             else:
                 self.writer.recover()

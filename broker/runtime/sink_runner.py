@@ -18,7 +18,7 @@ from broker.runtime.dead_letters import DeadLetters
 from broker.runtime.instance_log import speak_for
 from broker.runtime.lane import Lane
 from broker.runtime.selection import Selection
-from broker.runtime.state import Describer, State, worst
+from broker.runtime.state import Describer, State, added, worst
 from broker.runtime.writer import PROBE_EVERY, Writer
 
 _log = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class SinkRunner:
             "last_error": errors[0] if errors else self._error,
             "acked": sum(lane.acked for lane in lanes),
             "retried": sum(lane.writer.retried for lane in lanes),
+            "retries": added(lane.writer.retries for lane in lanes),
             "dead": sum(lane.dead for lane in lanes),
             "in_flight": sum(lane.in_flight for lane in lanes),
             "lanes": len(self._lanes),

@@ -19,14 +19,14 @@ from broker.runtime.assignment import Assignment
 from broker.runtime.attach import Internal
 from broker.runtime.host import Host
 from broker.runtime.process import Death, Greeting, WorkerProcess
-from broker.runtime.state import State, joined
+from broker.runtime.state import State, added, joined
 from broker.runtime.worker import DRAIN
 
 _log = logging.getLogger(__name__)
 
 _TOLERATED = 3  # deaths of a worker one instance may cause
 _WITHIN = 60.0  # seconds
-_COUNTED = ("acked", "retried", "dead")
+_COUNTED = ("acked", "retried", "retries", "dead")
 
 
 class Supervisor:
@@ -62,7 +62,7 @@ class Supervisor:
         self._parked: dict[str, str] = {}
         self._deaths: dict[str, deque[float]] = {}
         self._reports: dict[str, dict[str, dict[str, Any]]] = {}  # by key and worker
-        self._counted: dict[str, dict[str, int]] = {}  # by workers that are gone
+        self._counted: dict[str, dict[str, Any]] = {}  # by workers that are gone
         self._down: dict[str, str] = {}
         self._alarms: dict[str, str] = {}
         self._lock = asyncio.Lock()
@@ -116,8 +116,8 @@ class Supervisor:
                 missing = [{"state": State.CONNECTING.value} for worker in workers if worker.name not in reports]
                 entry.update(joined([*reports.values(), *missing]))
             entry.update(inside.get(key, {}))
-            for counter, before in self._counted.get(key, {}).items():
-                entry[counter] = entry.get(counter, 0) + before
+            before = self._counted.get(key, {})
+            entry.update(added(({counter: entry.get(counter) for counter in before}, before)))
             if key in self._parked:
                 entry.update(state=State.PARKED.value, last_error=self._parked[key])
             elif down := [self._down[worker.name] for worker in workers if worker.name in self._down]:
@@ -302,10 +302,8 @@ class Supervisor:
     def _keep_count(self, key: str, worker: str) -> None:
         """What its runner there has counted so far goes on counting when the next one starts at zero."""
         report = self._reports.get(key, {}).pop(worker, {})
-        counted = self._counted.setdefault(key, {})
-        for counter in _COUNTED:
-            if isinstance(report.get(counter), int):
-                counted[counter] = counted.get(counter, 0) + report[counter]
+        said = {counter: report[counter] for counter in _COUNTED if counter in report}
+        self._counted[key] = added((self._counted.get(key, {}), said))
 
     def _forget(self, key: str, gone: bool = False) -> None:
         """A new start for an instance that changed, was resumed or went."""

@@ -36,8 +36,9 @@ class Writer:
         changed: Callable[[], None] = lambda: None,
         alarm: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.retried = 0
-        """Writes that failed and were made again."""
+        self.retries: dict[str, int] = {}
+        """Writes that failed and were made again, by reason: unreachable, refused (what is configured), unexpected; and
+        dead_letters that nobody kept."""
         self._sink = sink
         self._gate = gate
         self._marker = marker or Marker()
@@ -69,6 +70,11 @@ class Writer:
         """Why `trouble` is not None."""
         stalled = self._stalled()
         return self._error or (f"the destination has not answered for {stalled:.0f} s" if stalled else None)
+
+    @property
+    def retried(self) -> int:
+        """All of `retries`."""
+        return sum(self.retries.values())
 
     def kick(self) -> None:
         """Try again now instead of at the end of the wait."""
@@ -106,7 +112,7 @@ class Writer:
                 continue
             except (OSError, TimeoutError) as error:  # NotConnected is one of them
                 parts.append(again)
-                await self._retry(error, wait)
+                await self._retry("unreachable", error, wait)
                 continue
             except Exception as error:
                 defects += 1  # apart from the attempts: an outage says nothing about a record
@@ -116,7 +122,7 @@ class Writer:
                 elif defects < _DEFECTS or high - low == 1:
                     _log.error("write failed for a reason the sink does not know", exc_info=error)
                     parts.append((low, high, attempt + 1, defects))
-                    await self._retry(error, wait)
+                    await self._retry("unexpected", error, wait)
                     continue
                 else:
                     parts.extend(_split(low, high, attempt + 1, defects))
@@ -133,17 +139,15 @@ class Writer:
         finally:
             self._since = None
 
-    async def _retry(self, error: Exception, wait: FullJitter) -> None:
-        self.retried += 1
-        self.stumble(State.RETRYING, self._describe(error))
+    async def _retry(self, reason: str, error: Exception, wait: FullJitter) -> None:
+        self.stumble(State.RETRYING, self._describe(error), reason)
         await self.nap(wait.next())
 
     async def _probe(self, error: Exception) -> None:
         """Until the destination answers again, or somebody resumes the instance."""
-        self.retried += 1
         text = self._describe(error)
         self._alarm(text)
-        self.stumble(State.PAUSED, text)
+        self.stumble(State.PAUSED, text, "refused")
         while not await self.nap(self._probe_every):
             with suppress(Exception):
                 async with asyncio.timeout(_CHECK_WITHIN):
@@ -169,8 +173,9 @@ class Writer:
                 await self._kick.wait()
         return self._kick.is_set()
 
-    def stumble(self, state: State, error: str) -> None:
-        """Something does not work; said in the log once per state."""
+    def stumble(self, state: State, error: str, reason: str) -> None:
+        """Something does not work and will be tried again; said in the log once per state."""
+        self.retries[reason] = self.retries.get(reason, 0) + 1
         if self._trouble is not state:
             _log.warning("%s: %s", state, error)
             self._trouble = state

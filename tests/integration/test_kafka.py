@@ -16,6 +16,7 @@ from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record
 from sinks._kafka_layout import key_hash
 from sinks.kafka import Kafka, KafkaConfig, open_kafka
 from tests import servers
+from tests.proxy import Proxy
 
 _numbers = count(1)
 Open = Callable[..., Any]
@@ -191,6 +192,77 @@ async def test_s12_more_partitions_are_found_and_told(
     assert sorted(values(stored)) == list(range(1, sent + 7))
 
 
+async def test_s12_partitions_added_while_messages_flow_keep_the_order_of_each_key(
+    kafka: servers.Kafka, topic: str, opened: Open, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """S-12: a key may move to another partition, and then everything older is in the one it had."""
+    from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
+
+    monkeypatch.setattr("sinks._kafka_client._METADATA_EVERY_MS", 200)
+    await kafka.create_topic(topic, 2)
+    sink = await opened(kafka, topic)
+    sent = 0
+
+    async def write(count: int) -> None:
+        nonlocal sent
+        await retry(sink, records(*range(sent, sent + count), clients=20))
+        sent += count
+
+    await write(400)
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    await admin.start()
+    await admin.create_partitions({topic: NewPartitions(7)})
+    await admin.close()
+    deadline = time.monotonic() + 20 * servers.PATIENCE
+    while "now has 7 partitions" not in caplog.text:
+        assert time.monotonic() < deadline
+        await write(20)
+        await asyncio.sleep(0.02)
+    await write(400)
+    stored = await kafka.everything(topic)
+    assert sorted(values(stored)) == list(range(sent))
+    moved = 0
+    for client in range(20):
+        places = {r.partition: [int(s.value) for s in stored if s.key == r.key and s.partition == r.partition]
+                  for r in stored if r.key == b"dev-%d" % client}  # fmt: skip
+        runs = sorted(places.values())
+        assert len(runs) <= 2
+        assert [n for run in runs for n in run] == list(range(client, sent, 20)), "in order, also over the move"
+        moved += len(runs) - 1
+    assert moved > 0, "no key moved"
+    assert {r.partition for r in stored} - {0, 1}
+
+
+async def test_s28_a_cluster_of_many_topics_is_checked_quickly(
+    start_kafka: Callable[..., servers.Kafka], topic: str, opened: Open
+):
+    """S-28: what is answered is about our topics, however many others there are; all of these would take more. A
+    hundred thousand are too many for a Kafka of one small process."""
+    from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+    async with Proxy("127.0.0.1", 1) as proxy:
+        own = start_kafka(proxy=proxy.port)
+        proxy.target = int(own.listeners["PROXIED"].rpartition(":")[2])
+        await own.create_topic(topic, 1)
+        await own.create_topic("isthmus-progress", 1, {"cleanup.policy": "compact"})
+        admin = AIOKafkaAdminClient(bootstrap_servers=own.bootstrap, request_timeout_ms=60_000)
+        await admin.start()
+        names = [f"another-topic-of-a-long-name-that-is-none-of-our-business-{n}" for n in range(1_000)]
+        sizes: list[int] = []
+        for others in ([], names[:500], names[500:]):
+            if others:
+                await admin.create_topics([NewTopic(name, 1, 1) for name in others])
+            for keys in ({}, {"topic": "${clientid}", "allowed_topics": [topic]}, {"transactional_id": "many"}):
+                sink = await opened(f"127.0.0.1:{proxy.port}", **{"topic": topic, **keys})
+                before, began = proxy.counts.bytes_down, time.monotonic()
+                await sink.check()
+                assert time.monotonic() - began < servers.PATIENCE
+                sizes.append(proxy.counts.bytes_down - before)
+        await admin.close()
+    assert 0 < max(sizes) < 8 << 10 < len("".join(names))
+    assert max(sizes[3:]) < max(sizes[:3]) + 1_000, f"{sizes}: the answer grows with the cluster"
+
+
 async def test_a_partition_that_does_not_exist_is_fatal(kafka: servers.Kafka, topic: str, opened: Open):
     await kafka.create_topic(topic, 2)
     with pytest.raises(Fatal, match=r"partition = 2.*2 partitions"):
@@ -258,6 +330,7 @@ def own(start_kafka: Callable[..., servers.Kafka]) -> Iterator[servers.Kafka]:
 async def test_a_killed_broker_loses_nothing_doubles_nothing_and_keeps_order(
     own: servers.Kafka, topic: str, opened: Open
 ):
+    """S-13."""
     await own.create_topic(topic, 2)
     sink = await opened(own, topic)
     stalls = []
@@ -286,6 +359,34 @@ async def test_a_killed_broker_loses_nothing_doubles_nothing_and_keeps_order(
     assert len(stored) == 30_000
     for client in range(5):
         assert values([r for r in stored if r.key == b"dev-%d" % client]) == list(range(client, 30_000, 5))
+
+
+@pytest.mark.parametrize("acks", ["all", "leader", "none"])
+async def test_fewer_guarantees_can_be_asked_for(own: servers.Kafka, topic: str, opened: Open, acks: str):
+    """Without idempotence: at least once and in order for who waits for an answer, over a kill of Kafka."""
+    await own.create_topic(topic, 2)
+    sink = await opened(own, topic, acks=acks, idempotent=False, request_timeout="3s")
+    await sink.check()
+    for start in range(0, 1_000, 100):
+        await sink.write(records(*range(start, start + 100), clients=5))
+    deadline = time.monotonic() + 15 * servers.PATIENCE
+    while len(there := values(await own.everything(topic))) < 1_000:
+        assert acks == "none", "stored, and not there"
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    assert sorted(there) == list(range(1_000))
+    if acks == "none":
+        return  # what was sent to a Kafka that dies is lost without a word
+    own.kill()
+    with pytest.raises(NotConnected):
+        await sink.write(records(*range(1_000, 1_100), clients=5))
+    await asyncio.to_thread(own.start)
+    for start in range(1_000, 2_000, 100):
+        await retry(sink, records(*range(start, start + 100), clients=5))
+    stored = await own.everything(topic)
+    for client in range(5):
+        found = values([r for r in stored if r.key == b"dev-%d" % client])
+        assert list(dict.fromkeys(found)) == list(range(client, 2_000, 5))
 
 
 async def test_a_batch_on_its_way_is_awaited_and_not_sent_again(own: servers.Kafka, topic: str, opened: Open):

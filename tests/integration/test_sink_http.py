@@ -268,13 +268,40 @@ async def test_s29_what_cannot_stand_in_an_address_is_not_sent(http: Service, cl
     assert [seen.path for seen in http.seen] == ["/devices/..%2F..%2Fadmin%3Fx%3D1%23y/data"]
 
 
+@pytest.mark.parametrize("form", ["single", "array", "lines"])
+async def test_s29_what_a_device_sends_cannot_leave_its_place_in_a_body(http: Service, form: str) -> None:
+    """S-29: one record in, one record out, whatever is written around it."""
+    nasty = '","admin":true},\n{"device":"'
+    body = '{"device": "${clientid}", "text": "${payload.text}", "value": ${payload.value}}'
+    payload = json.dumps({"text": nasty, "value": {"a": nasty}}).encode()
+    async with opened(BACKEND, raw(http, body=body, format=form)) as sink:
+        with pytest.raises(BatchFailed) as failed:
+            await sink.write([*records(1, 2, clientid=nasty, payload=payload), *records(3, payload=b"{}")])
+    assert failed.value.failed == {2: "cannot be rendered for HTTP: ${payload.text} has no value"}
+    if form == "array":
+        found = [one for seen in http.seen for one in json.loads(seen.body)]
+    else:
+        found = [json.loads(line) for seen in http.seen for line in seen.body.splitlines()]
+    assert found == [{"device": nasty, "text": nasty, "value": {"a": nasty}}] * 2
+
+
+async def test_text_that_is_no_json_is_sent_as_it_is_written(http: Service) -> None:
+    async with opened(BACKEND, raw(http, body="${clientid}: ${payload}", content_type="text/plain")) as sink:
+        await sink.write(records(1, payload=b'say "hi"'))
+    assert http.seen[0].body == b'dev: say "hi"'
+
+
 async def test_s18_an_answer_without_end_is_not_read_to_its_end(http: Service, script: Scripted) -> None:
+    sent = 0
+
     async def endless(request: web.Request, body: bytes) -> web.StreamResponse:
+        nonlocal sent
         response = web.StreamResponse()
         await response.prepare(request)
         try:
             while True:
                 await response.write(bytes(65_536))
+                sent += 65_536
         except ConnectionError:
             return response
 
@@ -283,6 +310,9 @@ async def test_s18_an_answer_without_end_is_not_read_to_its_end(http: Service, s
         await sink.write(records(1))
         assert time.monotonic() - began < 3
         assert len(endless_http.seen) == 1
+        before = sent
+        await asyncio.sleep(0.1)
+        assert sent == before < 16 << 20, "what the kernel holds, and nothing more"
     script.answers = [(200, {"Content-Encoding": "gzip"}, b"\x1f\x8b" + bytes(1000))]
     async with opened(BACKEND, raw(http)) as sink:
         await sink.write(records(1))

@@ -46,9 +46,9 @@ class OfKafka(SinkSuite):
     backend = BACKEND
     keeps = True
     # the driver tries again by itself, without a duplicate: `test_kafka` has its outages, frozen and killed servers
-    test_an_outage_and_a_return_lose_nothing = None  # type: ignore[assignment]
+    test_s13_an_outage_and_a_return_lose_nothing_and_keep_the_order = None  # type: ignore[assignment]
     test_s14_an_answer_that_is_lost_makes_no_second_record_where_that_is_possible = None  # type: ignore[assignment]
-    test_s16_a_black_hole_is_told_within_the_bound = None  # type: ignore[assignment]
+    test_s16_a_black_hole_is_told_within_the_bound_and_the_connection_replaced = None  # type: ignore[assignment]
 
     @pytest.fixture
     async def target(self, start_kafka: Callable[..., servers.Kafka], free_port: Callable[[], int]) -> Log:

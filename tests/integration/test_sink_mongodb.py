@@ -253,6 +253,14 @@ async def test_s07_a_command_refused_as_a_whole_is_taken_apart(code: int) -> Non
         assert "because" in refused[9][0]
 
 
+async def test_what_a_device_sends_cannot_leave_its_place_in_a_document_written_as_json() -> None:
+    async with Member() as member:
+        fields = {"_id": "${msgid}", "doc": '{"by": "${clientid}"}'}
+        async with opened(BACKEND, {**member.raw, "fields": fields, "dates": [], "documents": ["doc"]}) as sink:
+            await sink.write(records(1, clientid='a", "admin": "yes'))
+        assert member.commands[0]["documents"][0]["doc"] == {"by": 'a", "admin": "yes'}
+
+
 async def test_what_is_too_much_for_one_command_is_sent_in_several() -> None:
     """A server ends the connection at such a command: the next attempt is the driver's, which knows the limits."""
 

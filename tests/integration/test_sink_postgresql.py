@@ -118,6 +118,22 @@ class TestPostgresql(SqlSinkSuite):
             assert len(rows) == count - 4
             assert rows[5] == ("good", Decimal("12.3"))
 
+    async def test_s29_json_around_placeholders_is_one_value_whatever_a_device_sends(
+        self, open: Any, server: Postgresql, database: str
+    ) -> None:
+        """S-29, S-25."""
+        await server.execute("alter table readings add column body jsonb", database=database)
+        body = '{"by": "${clientid}", "said": "${payload.text}", "all": ${payload}}'
+        sink = await open(database, columns={"msgid": "${msgid}", "value": "1", "body": body})
+        nasty = '","admin":true,"x":"'
+        batch = [record(n, {"text": nasty}, clientid=nasty) for n in range(2)]
+        with pytest.raises(BatchFailed) as failed:
+            await sink.write([*batch, record(2, {}), record(3, b"no json")])
+        assert list(failed.value.failed) == [2, 3]
+        assert "${payload.text} has no value" in failed.value.failed[2]
+        looks = "select body->>'by', body->>'said', body ? 'admin' from readings"
+        assert await server.execute(looks, database=database) == [(nasty, nasty, False)] * 2
+
     async def test_a_text_with_nul_is_refused(self, open: Any, server: Postgresql, database: str) -> None:
         sink = await open(database, columns={"msgid": "${msgid}", "value": "1", "device": "${payload.name}"})
         with pytest.raises(BatchFailed, match=r"column device: a text with U\+0000"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from tests import nosql_servers
 from tests.integration.sink_suite import MOMENT, SECRET, SinkSuite, deliver, msgid, opened, records
 from tests.ledger import stamp
 from tests.nosql_servers import RedisServer, or_skip
+from tests.proxy import Proxy
+from tests.servers import PATIENCE
 
 
 @dataclass
@@ -212,6 +215,19 @@ async def test_s25_a_key_without_its_value_is_a_dead_letter(target: Streams) -> 
             await sink.write(records(1, payload=b'{"room": "a"}') + records(2, payload=b"{}"))
     assert failed.value.failed == {1: "cannot be rendered for Redis: ${payload.room} has no value"}
     assert target.client.keys("*") == ["t:a"]
+
+
+async def test_s28_a_server_of_many_keys_is_checked_quickly(target: Streams) -> None:
+    """S-28."""
+    await asyncio.to_thread(target.client.mset, {f"device:{n}": n for n in range(100_000)})
+    async with Proxy("127.0.0.1", target.port) as proxy:
+        for key in ("t:dev", "t:${clientid}"):
+            keys = {"servers": [f"127.0.0.1:{proxy.port}"], "redis_key": key}
+            async with opened(BACKEND, keys) as sink:
+                before, began = proxy.counts.bytes_down, time.monotonic()
+                await sink.check()
+                assert time.monotonic() - began < PATIENCE
+                assert 0 < proxy.counts.bytes_down - before < 64 << 10
 
 
 async def test_s29_what_a_device_sends_is_one_argument(target: Streams) -> None:

@@ -121,6 +121,7 @@ def test_the_last_error_and_the_retries_are_told_while_a_destination_refuses(sta
         entry = until(lambda: (e := shown(broker, "store"))["state"] == "running" and e, "it says so")
         assert entry["last_error"] is None
         assert entry["retried"] >= 1
+        assert entry["retries"] == {"unreachable": entry["retried"]}
 
 
 def test_a_bridge_without_its_peer_tells_what_queues_and_what_was_dropped(start: Callable[..., Broker]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,10 @@ batch = {{{{ max_records = {BATCH} }}}}
 request_timeout = "5s"
 """
 ONCE = 'transactional_id = "isthmus-1-kafka"\n'
-KILLS = ["worker", "kafka", "broker", "worker", "broker", "kafka"] * (4 if SOAK else 1)
+KILLS = ["worker", "kafka", "broker", "worker", "broker", "kafka"] * (5 if SOAK else 1)
+"""S-02 has twenty of broker and worker."""
+DETECTED = 15.0
+"""Seconds after which a cluster that swallows everything is known to, by S-16."""
 
 
 async def kill(what: str, running: Broker, kafka: servers.Kafka) -> None:
@@ -51,6 +56,9 @@ async def test_s02_kills_of_everything_lose_nothing_and_double_a_batch_at_most(
 ) -> None:
     """S-02: with transactions, who reads what is committed gets each message once; else a kill of the broker or the
     worker repeats one batch at most, and one of Kafka nothing."""
+    seed = random.randrange(1 << 32)
+    moments = random.Random(seed)
+    print(f"seed {seed}")
     kafka = start_kafka()
     await kafka.create_topic(TOPIC, 2)
     await kafka.create_topic("isthmus-progress", 1, {"cleanup.policy": "compact"})
@@ -62,7 +70,7 @@ async def test_s02_kills_of_everything_lose_nothing_and_double_a_batch_at_most(
             name = f"device-{number}"
             stream = await Stream([ledger], name, f"telemetry/{name}/x", 3_000).open(resilience.url(running))
             load = asyncio.create_task(stream.run(3.0))
-            await asyncio.sleep(1.0)
+            await asyncio.sleep(moments.uniform(0.5, 1.5))
             await kill(what, running, kafka)
             await load
             if not stream.lost:
@@ -81,22 +89,23 @@ async def test_s02_kills_of_everything_lose_nothing_and_double_a_batch_at_most(
         report = ledger.check(duplicates_allowed=not once, redelivery=not once)
         print(f"{len(KILLS)} kills, {sent} acknowledged, {report.duplicates} twice")
         record_property("twice", report.duplicates)
-        assert sent > 1_500 * len(KILLS)
+        assert sent > 1_000 * len(KILLS)
         assert report.duplicates <= BATCH * sum(what != "kafka" for what in KILLS)
 
 
 async def test_a_black_holed_kafka_holds_up_no_other_sink_of_its_worker(
     tmp_path: Path, start_kafka: Callable[..., servers.Kafka], record_property: Callable[[str, Any], None]
 ) -> None:
-    """S-16, S-30: what goes to Kafka is swallowed without a word; the sink beside it and the canary do not notice."""
-    rate, seconds = 2_000.0, 30.0 if SOAK else 8.0
+    """S-16, S-30: what goes to Kafka is swallowed without a word; the sink beside it and the canary do not notice. With
+    the times of a configuration that names none."""
+    rate, seconds = 2_000.0, 60.0 if SOAK else 18.0
     async with Proxy("127.0.0.1", 1) as proxy:
         kafka = start_kafka(proxy=proxy.port)
         proxy.target = int(kafka.listeners["PROXIED"].rpartition(":")[2])
         await kafka.create_topic(TOPIC, 2)
         fragments = {
             "00-broker.toml": resilience.OPEN,
-            "30-kafka.toml": KAFKA.format(bootstrap=f"127.0.0.1:{proxy.port}"),
+            "30-kafka.toml": KAFKA.format(bootstrap=f"127.0.0.1:{proxy.port}").replace('request_timeout = "5s"\n', ""),
             "31-store.toml": resilience.STORE,
         }
         with broker(tmp_path, fragments) as running:
@@ -109,20 +118,28 @@ async def test_a_black_holed_kafka_holds_up_no_other_sink_of_its_worker(
             proxy.black_hole = True
             canary.trips.clear()
             behind: list[int] = []
+            detected: list[float] = []
+            began = time.monotonic()
 
             async def watch() -> None:
                 for _ in range(int(seconds * 2)):
                     await asyncio.sleep(0.5)
-                    behind.append((await command(running, "status"))["sinks"]["store"]["queued"])
+                    sinks = (await command(running, "status"))["sinks"]
+                    behind.append(sinks["store"]["queued"])
+                    if sinks["kafka"]["state"] == "retrying":
+                        detected.append(time.monotonic() - began)
 
             await asyncio.gather(stream.run(seconds), canary.sing(seconds), watch())
             status = await command(running, "status")
             proxy.black_hole = False
-            await proxy.cut()
+            accepted = proxy.counts.accepted
             await stream.settle()
             print(f"the other sink at most {max(behind)} behind, canary at most {canary.slowest * 1000:.1f} ms")
             record_property("slowest_round_trip_ms", round(canary.slowest * 1000, 1))
+            print(f"Kafka was known to be silent after {detected[:1]} s")
             assert proxy.counts.swallowed > 0
+            assert detected
+            assert detected[0] <= DETECTED * servers.PATIENCE
             assert status["sinks"]["kafka"]["state"] == "retrying"
             assert status["sinks"]["kafka"]["queued"] > rate * seconds / 2
             assert status["sinks"]["store"]["state"] == "running"
@@ -134,6 +151,7 @@ async def test_a_black_holed_kafka_holds_up_no_other_sink_of_its_worker(
                 return sinks["kafka"]["queued"] == sinks["store"]["queued"] == 0
 
             await eventually(drained, "the backlog in Kafka", 60, 0.2)
+            assert proxy.counts.accepted > accepted, "the connections were not replaced"
             resilience.fill(stored, resilience.rows(running))
             stored.check()
             for record in await kafka.read(TOPIC, stream.acknowledged + 1, 5):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -15,9 +18,16 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("aiohttp")
+
+from aiohttp import web
+
+from broker.admin import control
 from broker.client.connection import Connection, Handler
 from broker.mqtt.packets import Publish
+from tests import servers
 from tests.broker import Broker, broker
+from tests.integration.http_service import service
 from tests.ledger import Ledger
 from tests.servers import PATIENCE
 from tests.system import fleet, resilience
@@ -154,6 +164,133 @@ async def test_s01_t14_an_hour_without_the_sink_loses_nothing_and_costs_no_memor
         assert max(growth.most.values()) <= GROWTH, growth
         assert max(slowest.values()) <= SLOWEST
         assert count / took >= 2_500 / PATIENCE
+
+
+@pytest.mark.timeout(6_000 if SOAK else 300)
+async def test_s01_s27_an_outage_by_the_clock_is_survived_and_every_message_accounted_for(tmp_path: Path) -> None:
+    """S-01, S-27: 500 messages a second for an hour (a minute in the short form) and no sink; then live ones beside
+    the backlog. At every look what was promised is stored, dropped or queued."""
+    rate, seconds = 500, 3_600 if SOAK else 60
+    ledger = Ledger()
+    with broker(tmp_path, {"00-broker.toml": ROOM, "30-sink.toml": SINK}) as running:
+        await asyncio.to_thread(resilience.wait_running, running, "sinks", "store")
+        stream = await Stream([ledger], "device", "telemetry/x", rate).open(url(running))
+        await stream.run(2)
+        await eventually(lambda: resilience.row_count(running) == stream.sent, "the first rows", 30, 0.1)
+        growth = Growth({"broker": running.pid, "worker": next(pid for pid in running.pids() if pid != running.pid)})
+        looks = 0
+
+        async def keep_books() -> None:
+            nonlocal looks
+            while True:
+                least = stream.acknowledged
+                entry = (await command(running, "status"))["sinks"]["store"]
+                assert least <= entry["acked"] + sum(entry["dropped"].values()) + entry["queued"] <= stream.sent, entry
+                looks += 1
+                await asyncio.sleep(0.5)
+
+        async def gone() -> bool:
+            return bool((await command(running, "status"))["sinks"]["store"]["queued"] <= rate / 10)
+
+        async with canary_apart(url(running)) as trips, meanwhile(growth.watch(), keep_books()):
+            with locked(running.where / "telemetry.db"):
+                began = stream.sent
+                await stream.run(seconds)
+                missed = stream.sent - began
+            since = time.monotonic()
+            async with meanwhile(stream.run(3_600)):
+                await eventually(gone, "the end of the backlog", 900, 0.2)
+            took = time.monotonic() - since
+        await stream.settle(60)
+        await eventually(lambda: resilience.row_count(running) >= stream.acknowledged, "every row", 60, 0.2)
+
+        async def settled() -> dict[str, Any] | None:
+            found: dict[str, Any] = (await command(running, "status"))["sinks"]["store"]
+            return None if found["queued"] else found
+
+        entry = await eventually(settled, "an empty queue")
+        print(f"{missed} missed in {seconds} s, drained in {took:.1f} s; {growth}; canary at most {max(trips):.3f} s")
+        assert missed >= 0.98 * rate * seconds
+        assert took <= 900
+        assert max(growth.most.values()) <= GROWTH
+        assert max(trips) <= SLOWEST
+        assert looks >= seconds
+        assert (entry["acked"], entry["dropped"], entry["dead_letters"], entry["queued"]) == (stream.sent, {}, 0, 0)
+        resilience.fill(ledger, await asyncio.to_thread(resilience.rows, running))
+        assert ledger.check().acknowledged == stream.sent
+
+
+AWAY = """
+[sinks.store]
+kind = "http"
+url = "http://127.0.0.1:{port}/"
+format = "array"
+filters = ["telemetry/#"]
+timeout = "5s"
+batch = {{ max_records = 100 }}
+"""
+KILLS = 20 if SOAK else 4
+
+
+async def test_s02_kills_at_random_during_an_outage_and_after_it_lose_nothing(tmp_path: Path) -> None:
+    """S-02: S-01 with broker and worker killed twenty times (four in the short form), half of them while there is no
+    target; a kill repeats one batch at most."""
+    seed = random.randrange(1 << 32)
+    moments = random.Random(seed)
+    ledger, port, pause = Ledger(), servers.free_port(), 0.1  # a thousand a second: the backlog outlasts the kills
+    stored: list[bytes] = []
+
+    async def answer(request: web.Request, body: bytes) -> web.Response:
+        stored.extend(envelope["payload"].encode() for envelope in json.loads(body))
+        await asyncio.sleep(pause)
+        return web.Response(status=204)
+
+    async with contextlib.AsyncExitStack() as stack:
+        with broker(tmp_path, {"00-broker.toml": ROOM, "30-sink.toml": AWAY.format(port=port)}) as running:
+
+            async def worker() -> int | None:
+                with contextlib.suppress(OSError, control.NotRunning):
+                    found = (await command(running, "status"))["workers"]["1"]
+                    return found if isinstance(found, int) else None
+                return None
+
+            for turn in range(KILLS):
+                if turn == KILLS // 2:
+                    assert not stored
+                    await stack.enter_async_context(service(answer, port=port))
+                name = f"device-{turn}"
+                stream = await Stream([ledger], name, f"telemetry/{name}", 1_500).open(url(running))
+                load = asyncio.create_task(stream.run(2))
+                await asyncio.sleep(moments.uniform(0.2, 1.8))
+                pid = await eventually(worker, "a worker")
+                if moments.random() < 0.5:
+                    os.kill(pid, signal.SIGKILL)
+                else:
+                    await asyncio.to_thread(running.stop, signal.SIGKILL)
+                    await asyncio.to_thread(running.start)
+                await load
+                if not stream.lost:
+                    await stream.settle()
+                stream.conn.abort()
+
+                async def another(pid: int = pid) -> bool:
+                    return await worker() not in (None, pid)
+
+                await eventually(another, "another worker")
+            queued = (await command(running, "status"))["sinks"]["store"]["queued"]
+            assert queued > 0, "nothing was under way any more"
+            pause = 0.0
+
+            async def gone() -> bool:
+                return bool((await command(running, "status"))["sinks"]["store"]["queued"] == 0)
+
+            await eventually(gone, "the end of the queue", 300, 0.2)
+    for payload in stored:
+        ledger.arrived(payload)
+    report = ledger.check(duplicates_allowed=True, redelivery=True)
+    print(f"seed {seed}: {KILLS} kills, {report.acknowledged} acknowledged, {report.duplicates} twice")
+    assert report.acknowledged > 200 * KILLS
+    assert report.duplicates <= 100 * KILLS, "a batch for each kill"
 
 
 # --- a fleet ---------------------------------------------------------------------------------------------------------

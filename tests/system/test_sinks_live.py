@@ -27,7 +27,7 @@ from tests.ledger import Ledger
 from tests.proxy import Proxy
 from tests.servers import PATIENCE, free_port
 from tests.system import resilience
-from tests.system.durability import ROOM, store_bytes
+from tests.system.durability import ROOM, says, store_bytes
 from tests.system.resilience import SLOWEST, SOAK, Canary, Stream, command, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -192,7 +192,8 @@ async def test_s05_a_full_queue_does_what_it_is_told_and_never_holds_more_than_i
         lost = status["dropped"].get("queue_full", 0)
         if overflow == "block":
             assert not publishing.done()
-            assert (refused, lost) == ([], 0)
+            assert (refused, lost, status["refused"]) == ([], 0, 0)
+            assert "its queue is full" not in running.log()
             # the worker's hands are full behind the last message it takes
             assert len(promised) * size <= quota + IN_HAND + size
         else:
@@ -202,6 +203,8 @@ async def test_s05_a_full_queue_does_what_it_is_told_and_never_holds_more_than_i
             assert lost + len(refused) > 0
             total = (await command(running, "status"))["messages"]["dropped"]
             assert total == {"queue_full": lost + len(refused)}
+            assert status["refused"] == len(refused)
+            await asyncio.to_thread(says, running, "sinks.store: its queue is full")
         async with service(lambda request, body: web.Response(status=204), port=port) as http:
             await asyncio.wait_for(publishing, 60 * PATIENCE)
             await until(running, lambda sink: sink["queued"] == 0, "the end of the queue", 60)
@@ -262,6 +265,8 @@ async def test_s26_what_comes_with_a_message_is_carried_and_its_id_is_the_same_e
         assert (first["qos"], first["retain"]) == (int(payload), payload == "1")
         assert began - TICK <= first["ts"] <= ended
         assert (first["content_type"], first["response_topic"]) == ("text/plain", "answers/1")
+        assert first["correlation_data_base64"] == "AP8="
+        assert (len(first["msgid"]), set(first["msgid"]) <= set("0123456789abcdef")) == (32, True)
         assert first["user_properties"] == [["site", "north"], ["site", "\u00fc"]]
     assert len(ids) == 3
 
@@ -280,8 +285,11 @@ async def test_s22_a_stop_with_ten_thousand_in_flight_writes_until_its_deadline_
             await asyncio.to_thread(resilience.wait_running, running, "sinks", "store")
             ledger = Ledger()
             async with streaming(running, [ledger]) as stream:
+                await command(running, "sinks.pause", name="store")
                 await push(stream, 11_000)
                 status = await until(running, lambda sink: sink["in_flight"] >= 10_000, "ten thousand in flight")
+                await command(running, "sinks.resume", name="store")
+                await eventually(lambda: http.seen, "the first request")
                 before = len(received(http))
                 began = time.monotonic()
                 code = await asyncio.to_thread(running.stop, signal.SIGTERM, 30.0)

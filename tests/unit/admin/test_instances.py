@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from broker.admin import instances
-from broker.admin.instances import WINDOW, Instances, Throughput, merged
+from broker.admin.instances import QUIET, WINDOW, Instances, Losses, Throughput, merged
 
 
 def test_a_throughput_is_the_average_of_the_last_looks() -> None:
@@ -45,6 +45,23 @@ def test_an_instance_that_went_is_forgotten() -> None:
 
 def test_losses_are_added_up_by_reason() -> None:
     assert merged([{"expired": 1, "full": 2}, None, {"full": 3}]) == {"expired": 1, "full": 5}
+
+
+def test_s05_a_queue_that_begins_to_lose_is_told_once_and_how_much_when_it_has_ended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """S-05."""
+    losses = Losses()
+    for count in (0, 0, 3, 5, 5, 9):
+        losses.look({"sinks.a": count, "sinks.b": 0})
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["sinks.a: its queue is full"]
+    for _ in range(2 * QUIET):
+        losses.look({"sinks.a": 9, "sinks.b": 0})
+    assert [record.getMessage() for record in caplog.records[1:]] == [
+        "sinks.a: 9 messages were dropped or refused, none for a while"
+    ]
+    losses.look({"sinks.a": 10, "sinks.b": 0})
+    assert len(caplog.records) == 3
 
 
 async def test_counters_are_looked_at_every_second_until_the_broker_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

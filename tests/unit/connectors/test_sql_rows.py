@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ GOOD = Record(
 
 
 def like(**changes: Any) -> Record:
-    return Record(**{name: changes.get(name, getattr(GOOD, name)) for name in Record.__slots__})
+    return replace(GOOD, **changes)
 
 
 ODD = [

@@ -191,6 +191,7 @@ def test_a_full_queue_refuses(bench: Bench) -> None:
     assert len(payloads(s)) == 2
     five.publish("t/1", b"%08d" % 4)
     assert bench.engine.core.dropped["queue_full"] == 3
+    assert bench.engine.core.refused == {"isthmus/x/0": 3}
     w = worker(bench)
     assert len(w.take()) == 3
     five.publish("t/1", b"%08d" % 5, 1)

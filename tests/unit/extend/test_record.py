@@ -8,6 +8,7 @@ import pytest
 
 from broker.config.template import Template
 from broker.extend import record as module
+from broker.extend.condition import Condition
 from broker.extend.record import compile_template, payload_json, record_from_publish, to_bytes, to_text
 from broker.extend.sink import Record
 from broker.mqtt.packets import Publish
@@ -170,6 +171,12 @@ def test_the_payload_is_parsed_once_for_all_templates(monkeypatch: pytest.Monkey
     ]  # fmt: skip
     assert parsed == [first.payload, second.payload]
     assert payload_json(first) == {"v": 1}
+    where = Condition("payload.v != null and payload.w == null")
+    batch = [full(payload=b'{"v": %d}' % n) for n in range(3)]
+    parsed.clear()
+    assert [record for record in batch if where(record)] == batch
+    assert [render("${payload.v}", record) for record in batch] == [0, 1, 2]
+    assert parsed == [record.payload for record in batch], "nor again for the templates behind a condition"
 
 
 def test_the_envelope_holds_everything():

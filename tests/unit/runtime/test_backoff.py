@@ -34,6 +34,7 @@ def test_b16_a_hundred_bridges_to_a_dead_host_make_at_most_five_attempts_a_secon
 
 
 def test_full_jitter_draws_between_zero_and_a_bound_that_doubles_to_the_cap() -> None:
+    """S-18: what a sink waits before it tries again."""
     bounds: list[float] = []
 
     def note(low: float, high: float) -> float:

@@ -158,6 +158,7 @@ async def test_s09_a_dead_letter_nobody_keeps_leaves_the_record_in_the_queue(bro
         assert broker.session(LANE).answers == []
         assert rig.lane.state is State.RETRYING
         assert "dead letters" in (rig.lane.last_error or "")
+        assert rig.lane.writer.retries["dead_letters"] >= 2
         broker.refuse_publish = lambda publish: 0
         await broker.until_answered(LANE)
         assert rig.lane.state is State.RUNNING

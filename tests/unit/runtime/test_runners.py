@@ -59,6 +59,7 @@ async def test_each_lane_has_a_session_and_they_write_side_by_side(broker: FakeB
         await broker.until_answered(f"isthmus/store/{lane}")
     status = runner.status()
     assert (status["acked"], status["retried"], status["dead"], status["lanes"]) == (3, 0, 0, 3)
+    assert status["retries"] == {}
     await runner.close(1)
     assert sink.closed
     assert all(session.writer is None for session in broker.sessions.values())

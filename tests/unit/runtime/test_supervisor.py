@@ -181,6 +181,17 @@ async def test_b17_a_killed_worker_is_attached_again_within_two_seconds_and_noth
     assert rig.alarms == []
 
 
+async def test_what_was_counted_by_reason_goes_on_over_a_restart(rig: Rig) -> None:
+    await rig.apply(rig.instance("a"))
+    await rig.running("a")
+    for count in (2, 3):
+        report = {"state": "running", "retried": count, "retries": {"unreachable": 1, "refused": count - 1}}
+        rig.supervisor._reports["sinks.a"]["1"] = report
+        rig.supervisor._keep_count("sinks.a", "1")
+    entry = rig.status("a")
+    assert (entry["retried"], entry["retries"]) == (5, {"unreachable": 2, "refused": 3})
+
+
 async def test_the_first_restart_comes_at_once(rig: Rig) -> None:
     await rig.apply(rig.instance("a"))
     await rig.running("a")

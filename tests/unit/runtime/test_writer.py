@@ -40,7 +40,7 @@ async def test_an_unreachable_destination_gets_the_same_batch_again_until_it_tak
     w = writer(sink, changed=lambda: states.append(w.trouble))
     assert await w.write(records(3)) == {}
     assert sink.payloads == [b"0", b"1", b"2"]
-    assert w.retried == 3
+    assert (w.retried, w.retries) == (3, {"unreachable": 3})
     assert states == [State.RETRYING, None]
     assert w.last_error is None
 
@@ -106,6 +106,15 @@ async def test_a_destination_that_refuses_the_configuration_is_probed_and_then_g
     assert sink.checks == 1
     assert alarms == ["table messages does not exist"]
     assert states == [(State.PAUSED, "table messages does not exist"), (None, None)]
+
+
+async def test_retries_are_counted_by_reason() -> None:
+    sink = FakeSink()
+    sink.errors = [NotConnected("down"), KeyError("odd"), Fatal("no"), OSError("reset"), Fatal("still no")]
+    w = writer(sink, probe_every=0.001)
+    assert await w.write(records(1)) == {}
+    assert w.retries == {"unreachable": 2, "unexpected": 1, "refused": 2}
+    assert w.retried == 5
 
 
 async def test_resuming_does_not_wait_for_the_next_probe() -> None:

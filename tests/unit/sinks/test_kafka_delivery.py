@@ -13,7 +13,9 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from pydantic import ValidationError
 
 from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record
-from sinks._kafka_errors import Verdict, describe, refusal, verdict
+from sinks._kafka_client import _SILENT
+from sinks._kafka_delivery import _LOOK_EVERY, _LOOK_WITHIN
+from sinks._kafka_errors import Verdict, about_topic, describe, refusal, verdict
 from sinks.kafka import Kafka, KafkaConfig
 
 OK = None
@@ -275,6 +277,53 @@ def test_errors_the_driver_does_not_know_keep_their_number():
     assert errors.for_code(89)().retriable
 
 
+async def test_s25_a_record_without_its_value_fails_alone():
+    """S-25: not a null, which would delete what a compacted topic holds under its key."""
+    producer = Producer({})
+    sink = sink_on(Cluster(producer, partitions=1), value="${payload.v}")
+    with pytest.raises(BatchFailed) as failed:
+        await sink.write([Record("t", payload) for payload in (b'{"v": 1}', b'{"w": 1}', b"no json", b'{"v": 2}')])
+    assert failed.value.failed == dict.fromkeys((1, 2), "cannot be rendered for Kafka: ${payload.v} has no value")
+    assert producer.stored == [(0, [b"1", b"2"])]
+
+
+async def test_s16_a_cluster_is_not_asked_longer_than_silence_lasts(monkeypatch: pytest.MonkeyPatch):
+    """S-16: an answer may take as long as it is told to; a cluster that answers nothing at all is another matter."""
+    monkeypatch.setattr("sinks._kafka_delivery._LOOK_EVERY", 0.02)
+    asked: list[float] = []
+
+    class Silent(Cluster):
+        async def look(self, producer: Producer, timeout: float) -> None:
+            asked.append(timeout)
+            raise NotConnected("no answer")
+
+    sink = sink_on(Silent(Producer({0: [NEVER]}), partitions=1), request_timeout="10m")
+    with pytest.raises(NotConnected, match="no answer"):
+        await sink.write(records(1))
+    assert asked == [_LOOK_WITHIN]
+    assert max(_LOOK_EVERY + _LOOK_WITHIN, _SILENT) < 15
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "words"),
+    [
+        (None, Fatal, "has no topic 't', or we may not see it"),
+        (errors.UnknownTopicOrPartitionError, Fatal, "has no topic 't'"),
+        (errors.TopicAuthorizationFailedError, Fatal, "does not let us write to topic 't'"),
+        (errors.InvalidTopicError, Fatal, "InvalidTopic"),
+        (errors.LeaderNotAvailableError, NotConnected, "LeaderNotAvailable"),
+        (errors.NoError, type(None), "None"),
+    ],
+)
+def test_s12_what_the_cluster_says_of_a_topic_decides_what_follows(
+    error: type[errors.KafkaError] | None, outcome: type, words: str
+):
+    """S-12."""
+    reason = about_topic("t", error)
+    assert type(reason) is outcome
+    assert words in str(reason)
+
+
 def test_why_a_connection_was_refused_decides_what_follows():
     assert isinstance(refusal("h:1", errors.SaslAuthenticationFailed("no")), Fatal)
     assert isinstance(refusal("h:1", ConnectionRefusedError(111, "refused")), NotConnected)
@@ -294,6 +343,10 @@ def test_why_a_connection_was_refused_decides_what_follows():
         {"key": "${nothing}"},
         {"headers": {"x": "${payload"}},
         {"compression": "brotli"},
+        {"acks": "leader"},
+        {"acks": 1, "idempotent": False},
+        {"transactional_id": "t", "idempotent": False},
+        {"transactional_id": "t", "acks": "none", "idempotent": False},
         {"sasl": {"mechanism": "plain", "username": "u"}},
         {"sasl": {"mechanism": "oauthbearer"}},
         {"sasl": {"mechanism": "gssapi", "username": "u", "password": "p"}},

@@ -6,17 +6,17 @@ from collections import Counter
 
 import pytest
 
-from broker.config.template import Template
+from broker.config.template import MissingValue, Template
 from broker.extend.sink import Record
 from sinks._kafka_layout import (
     OWN_HEADERS,
     PUBLISHERS,
     Partitioner,
-    bytes_of,
     default_key,
     headers_of,
     key_hash,
     timestamp_of,
+    value_of,
 )
 
 
@@ -135,12 +135,20 @@ def test_chosen_headers_are_exactly_those_that_have_a_value():
     assert headers_of(False)(Record("t", b"")) == []
 
 
-def test_values_are_bytes_and_a_missing_one_is_a_null():
+def test_values_are_bytes():
     record = Record("t", b'\xff{"v": 1}')
-    assert bytes_of(Template("${payload}"))(record) is record.payload
-    assert bytes_of(Template("${payload.v}"))(record) is None
-    assert bytes_of(Template("${payload}"))(Record("t", b"")) == b""
-    assert bytes_of(Template("[${topic}]"))(record) == b"[t]"
+    assert value_of(Template("${payload}"))(record) is record.payload
+    assert value_of(Template("${payload}"))(Record("t", b"")) == b""
+    assert value_of(Template("<${topic}>"))(record) == b"<t>"
+    assert value_of(Template('{"by": "${topic}", "v": ${qos}}'))(Record('"', b"")) == b'{"by": "\\"", "v": 0}'
+    assert value_of(Template("${payload.v}"))(Record("t", b'{"v": [1]}')) == b"[1]"
+
+
+@pytest.mark.parametrize("payload", [b"{}", b'{"v": null}', b"no json", b"[]"])
+def test_s25_a_record_without_its_value_is_no_null_which_would_delete_its_key(payload: bytes):
+    """S-25."""
+    with pytest.raises(MissingValue, match=r"\$\{payload.v\} has no value"):
+        value_of(Template("${payload.v}"))(Record("t", payload))
 
 
 def test_timestamps_are_the_time_of_arrival_or_what_a_template_says():
