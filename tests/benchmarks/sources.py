@@ -9,12 +9,14 @@ import hashlib
 import hmac
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests import nosql_servers, sql_servers
+from tests import nosql_servers, servers, sql_servers
 
 USERS = [f"load{number}" for number in range(20)]
 PASSWORD = "load-pw"
@@ -41,6 +43,54 @@ def jwt(where: Path) -> Iterator[tuple[str, str]]:
     signature = hmac.digest(SECRET.encode(), ".".join(parts).encode(), "sha256")
     token = ".".join([*parts, _base64(signature)])
     yield f'kind = "jwt"\nsecret = "{SECRET}"\nclaims = {{}}\nmax_token = "16KB"\n', token
+
+
+@contextlib.contextmanager
+def ldap(where: Path) -> Iterator[tuple[str, str]]:
+    with servers.slapd() as directory:
+        connection = directory.connect()
+        people = [f"uid={user},{directory.people_dn}" for user in USERS]
+        for user, dn in zip(USERS, people, strict=True):
+            attributes = {"uid": user, "cn": "x", "sn": "x", "userPassword": PASSWORD}
+            assert connection.add(dn, ["inetOrgPerson"], attributes), connection.result
+        group = f"cn=load,{directory.groups_dn}"
+        assert connection.add(group, ["groupOfNames"], {"member": people}), connection.result
+        connection.unbind()
+        topics = json.dumps([topic.replace("%u", "${username}").replace("%c", "${clientid}") for topic in TOPICS])
+        keys = {
+            "servers": [directory.url], "tls": "none", "bind_dn": directory.admin_dn,
+            "bind_password": directory.admin_password, "base_dn": directory.people_dn,
+        }  # fmt: skip
+        table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+        rights = f'[auth.accounts.groups.load]\ndn = "{group}"\npublish = {topics}\nsubscribe = {topics}\n'
+        yield f'kind = "ldap"\n{table}{rights}', PASSWORD
+
+
+@contextlib.contextmanager
+def http(where: Path) -> Iterator[tuple[str, str]]:
+    topics = [topic.replace("%u", "${username}").replace("%c", "${clientid}") for topic in TOPICS]
+    rules = [{"permission": "allow", "action": "all", "topic": topic} for topic in topics]
+    body = json.dumps({"result": "allow", "acl": rules}).encode()
+
+    class Service(BaseHTTPRequestHandler):
+        """Lets everybody in. In a thread of ours: it is asked once for each user."""
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Service) as service:
+        thread = threading.Thread(target=service.serve_forever, daemon=True)
+        thread.start()
+        yield f'kind = "http"\nurl = "http://127.0.0.1:{service.server_port}/"\n', PASSWORD
+        service.shutdown()
 
 
 @contextlib.contextmanager
@@ -109,6 +159,6 @@ def _base64(data: bytes) -> str:
 
 
 SOURCES: dict[str, Source] = {
-    "static": static, "jwt": jwt, "sqlite": sqlite, "postgresql": postgresql, "mysql": mysql, "redis": redis,
-    "mongodb": mongodb,
+    "static": static, "jwt": jwt, "ldap": ldap, "http": http, "sqlite": sqlite, "postgresql": postgresql,
+    "mysql": mysql, "redis": redis, "mongodb": mongodb,
 }  # fmt: skip
