@@ -363,6 +363,7 @@ class Relay:
             if asking.cancelled() or asking.exception() is not None:
                 return  # the connection is lost, and with it this relay
             self._asking = None
+            self._moved = self._loop.time()
             for packet_id in answered:
                 self._busy.pop(packet_id, None)
             while self._behind and self._behind[0].packet_id not in self._busy:

@@ -69,6 +69,7 @@ class Losses:
             elif self._begun.pop(name, None):
                 _log.warning("%s: %d messages were dropped or refused, none for a while", name, count - since)
         self._known = dict(counters)
+        self._begun = {name: begun for name, begun in self._begun.items() if name in counters}
 
 
 class Instances:

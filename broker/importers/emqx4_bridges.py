@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from broker.importers.emqx_bridges import import_remote
 from broker.importers.emqx_listeners import locate
-from broker.importers.findings import Findings, Secret, Table
-from broker.importers.servers import is_local, with_port
+from broker.importers.findings import Findings, Table
 from broker.importers.source import Node, SourceError
 
-_VERSIONS = {"mqttv3": "3.1", "mqttv4": "3.1.1", "mqttv5": "5"}
 _TRUTHS = {"bridge_mode": "try_private"}
 _TIMES = {"keepalive": "keep_alive", "retry_interval": "ack_timeout"}
 
@@ -31,19 +30,8 @@ def _bridge(name: str, node: Node, owner: str, found: Findings) -> None:
         return
     table = found.instance("bridges", name, "mqtt", address)
     table.set("kind", "mqtt")
-    host = with_port(address.as_text().partition("://")[2] or address.as_text(), 8883 if secure else 1883)
-    table.set("servers", [f"{'mqtts' if secure else 'mqtt'}://{host}"], address)
-    version = node.take("proto_ver")
-    table.set("protocol", _VERSIONS.get(version.as_text(), "auto") if version is not None else "3.1.1", version)
-    for key, ours in (("client_id", "clientid"), ("clientid", "clientid"), ("username", "username")):
-        setting = node.take(key)
-        if setting is not None and setting.as_text():
-            table.set(ours, setting.as_text(), setting)
-    password = node.take("password")
-    if password is not None and password.as_text():
-        table.set("password", Secret(password.as_text()), password)
-        if not secure and not is_local(host):
-            table.set("allow_cleartext", True, remark="the password crosses the network in the clear, as with EMQX")
+    host = address.as_text().partition("://")[2] or address.as_text()
+    import_remote(table, node, address, host, secure=secure)
     clean = node.take("clean_start")
     remark = "EMQX's default true loses what the remote has for us" if clean is None or clean.as_truth() else ""
     table.set("clean_session", False, clean, remark)

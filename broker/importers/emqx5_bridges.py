@@ -6,13 +6,12 @@ import re
 from typing import Any
 
 from broker.importers.emqx5_rules import NO_TOPIC, Rules
+from broker.importers.emqx_bridges import import_remote
 from broker.importers.emqx_listeners import locate
-from broker.importers.findings import Findings, Secret, Table
-from broker.importers.servers import is_local, with_port
+from broker.importers.findings import Findings, Table
 from broker.importers.source import Node
 
 _TOPIC = re.compile(r"([^${}]*)\$\{topic\}")
-_VERSIONS = {"v3": "3.1", "v4": "3.1.1", "v5": "5"}
 _RENAMED = "a topic becomes another by a prefix before ${topic} only, or one topic becomes one other"
 _NOT_DIRECT = "this template has no equivalent"
 
@@ -73,21 +72,10 @@ def _new_bridge(name: str, node: Node, root: Node, found: Findings, rules: Rules
 def _connection(table: Table, node: Node, found: Findings) -> None:
     server = node.take("server") or node
     secure = node.truth("ssl.enable", False)
-    address = with_port(server.as_text() if server is not node else "127.0.0.1", 8883 if secure else 1883)
-    table.set("servers", [f"{'mqtts' if secure else 'mqtt'}://{address}"], server)
+    address = server.as_text() if server is not node else "127.0.0.1"
+    import_remote(table, node, server, address, secure=secure)
     if not node.truth("enable", True):
         table.set("enabled", False, node.at("enable"))
-    version = node.take("proto_ver")
-    table.set("protocol", _VERSIONS.get(version.as_text(), "auto") if version is not None else "3.1.1", version)
-    for key, ours in (("username", "username"), ("clientid", "clientid")):
-        setting = node.take(key)
-        if setting is not None and setting.as_text():
-            table.set(ours, setting.as_text(), setting)
-    password = node.take("password")
-    if password is not None and password.as_text():
-        table.set("password", Secret(password.as_text()), password)
-        if not secure and not is_local(address):
-            table.set("allow_cleartext", True, remark="the password crosses the network in the clear, as with EMQX")
     for key, ours in (("bridge_mode", "try_private"), ("clean_start", "clean_session")):
         switch = node.take(key)
         if switch is not None and (ours != "clean_session" or not switch.as_truth()):

@@ -62,6 +62,9 @@ def test_s05_a_queue_that_begins_to_lose_is_told_once_and_how_much_when_it_has_e
     ]
     losses.look({"sinks.a": 10, "sinks.b": 0})
     assert len(caplog.records) == 3
+    losses.look({"sinks.b": 0})
+    losses.look({"sinks.a": 1, "sinks.b": 0})
+    assert len(caplog.records) == 4, "removed and made anew, it begins anew"
 
 
 async def test_counters_are_looked_at_every_second_until_the_broker_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,25 @@ async def test_a_source_that_uses_an_identifier_twice_and_ends_neither_message_i
     assert bench.relay.stalled() is None
 
 
+async def test_a_source_that_reads_our_answers_is_not_taken_for_one_that_does_nothing() -> None:
+    """At QoS 1 it has nothing else to say about a message."""
+    bench = Bench(line(direction="in", qos=1), outward=False)
+    for payload in (b"first", b"second", b"third"):
+        bench.publish(7, qos=1, payload=payload)
+    began = bench.relay.stalled()
+    await asyncio.sleep(0.005)
+    bench.relay.on_answer(PUBACK, 7, 0)
+    await asyncio.sleep(0)
+    bench.source.taken()[-1][1].set_result(0.0)
+    await asyncio.sleep(0.001)
+    assert [m.payload for m in bench.crossed()] == [b"first", b"second"]
+    now = bench.relay.stalled()
+    assert began is not None
+    assert now is not None
+    assert now > began
+    bench.relay.close()
+
+
 async def test_qos_is_the_lower_of_message_and_line() -> None:
     bench = Bench(line("one", 1), line("zero", 0), line("two", 2))
     bench.publish(1, qos=1, topic=b"two")
