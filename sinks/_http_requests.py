@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
@@ -174,3 +176,13 @@ def _object(fields: Mapping[str, Template]) -> Callable[[Record], bytes]:
 
 def _digest(ids: Sequence[str | None]) -> str:
     return hashlib.sha256("".join(map(str, ids)).encode()).hexdigest()[:32]
+
+
+def retry_after(text: str) -> float:
+    """Seconds from now; 0 where nothing useful is said (RFC 9110, 10.2.3)."""
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0

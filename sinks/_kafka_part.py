@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
 
-from broker.extend.sink import Record
+from broker.extend.sink import Fatal, NotConnected, Record
 from sinks._kafka_errors import Verdict, describe, verdict
 
 Place = tuple[str, int]
@@ -73,3 +75,15 @@ def _retrieve(future: asyncio.Future[Any]) -> None:
     """So that an answer nobody waits for any more is not reported as forgotten."""
     with suppress(asyncio.CancelledError):
         future.exception()
+
+
+def verdicts(bad: Iterable[Part]) -> set[Verdict]:
+    """What the errors of these say."""
+    return {verdict(error) for part in bad if (error := part.error) is not None}
+
+
+def outcome(bad: Sequence[Part]) -> Exception:
+    """What the worst of these errors means for the whole transaction."""
+    worst = min(bad, key=lambda part: verdicts([part]) != {Verdict.FATAL})
+    kind = Fatal if verdicts([worst]) == {Verdict.FATAL} else NotConnected
+    return kind(f"Kafka topic {worst.place[0]}: {describe(worst.error or KafkaError())}")

@@ -8,12 +8,15 @@ the one before it: the broker has every acknowledgement but the last write's on 
 partition has the end of its transaction; what a predecessor's lacks is written first (`Unfinished` says why).
 
 A refused record fails its transaction. The records are then cut in halves, each a transaction of its own, in order.
+
+Of records with the same id, which an `idempotency_key` gives to repetitions, the first is sent; the others count as
+stored when it is, and take its place when it is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from aiokafka import AIOKafkaProducer
@@ -25,7 +28,7 @@ from sinks._kafka_delivery import Delivery
 from sinks._kafka_errors import TOO_LARGE, Verdict, describe, verdict
 from sinks._kafka_layout import Layout
 from sinks._kafka_notes import Note, Notes
-from sinks._kafka_part import Part, Place
+from sinks._kafka_part import Part, Place, outcome, verdicts
 from sinks._kafka_unfinished import Unfinished
 
 _RESENDS = 3  # through a new producer each time
@@ -69,20 +72,23 @@ class Transactions:
         spent = 0
         while groups:
             producer = await self._open(batch)
-            todo = [p for p in groups.pop() if p not in delivery.failed and batch[p].msgid not in self._stored]
+            left = [p for p in groups.pop() if p not in delivery.failed and batch[p].msgid not in self._stored]
+            todo = _first_of_each(batch, left)
             if not todo:
                 continue
             try:
                 bad = await self._transact(producer, delivery, todo)
                 if bad:
-                    groups += self._take_apart(bad, todo, delivery)
+                    groups += self._take_apart(bad, todo, left, delivery)
                     await self._forsake(producer)
+                elif len(todo) < len(left):
+                    groups.append(left)  # the first of some may have been refused before anything was sent
             except _Spent:
                 await self._forsake(producer)
                 spent += 1
                 if spent > _RESENDS:
                     raise Fatal(_SPENT) from None
-                groups.append(todo)
+                groups.append(left)
             except asyncio.CancelledError:
                 self._cluster.discard(producer)
                 raise
@@ -109,7 +115,7 @@ class Transactions:
     def _begin(self, batch: Sequence[Record]) -> None:
         """Divide what is known to be stored into what this batch holds and the rest."""
         known = frozenset(self._before)
-        self._now = [ident for record in batch if (ident := record.msgid) is not None and ident in known]
+        self._now = [ident for ident in dict.fromkeys(record.msgid for record in batch) if ident in known]
         mine = frozenset(self._now)
         self._before = [ident for ident in self._before if ident not in mine]
         self._stored = known
@@ -132,7 +138,7 @@ class Transactions:
             ids = [ident for p in todo if p not in delivery.failed and (ident := delivery.batch[p].msgid) is not None]
             note = await self._notes.part(producer, Note([*self._before, *self._now, *ids], stored))
             if bad := await self._hand_over(delivery, [note]):
-                raise _outcome(bad)
+                raise outcome(bad)
             async with asyncio.timeout(self._timeout):
                 await producer.commit_transaction()
             async with asyncio.timeout(_SETTLED_WITHIN):
@@ -152,20 +158,20 @@ class Transactions:
         handed = await delivery.send(parts)
         await delivery.wait(handed)
         bad = [part for part in handed if part.error is not None]
-        if len(handed) < len(parts) or Verdict.RESEND in _verdicts(bad):
+        if len(handed) < len(parts) or Verdict.RESEND in verdicts(bad):
             raise _Spent
         return bad
 
-    def _take_apart(self, bad: list[Part], todo: list[int], delivery: Delivery) -> list[list[int]]:
-        """What is to be tried next, the last group first. Raises what is not the fault of a record."""
-        if _verdicts(bad) != {Verdict.POISON}:
-            raise _outcome(bad)
+    def _take_apart(self, bad: list[Part], todo: list[int], left: list[int], delivery: Delivery) -> list[list[int]]:
+        """What of `left` is to be tried next, the last group first. Raises what is not the fault of a record."""
+        if verdicts(bad) != {Verdict.POISON}:
+            raise outcome(bad)
         refused = {part.positions[0]: reason for part in bad if (reason := part.refused) is not None}
         delivery.failed.update(refused)
         if refused or all(self._narrow(part) for part in bad):
-            return [todo]
-        half = len(todo) // 2
-        return [todo[half:], todo[:half]]
+            return [left]
+        middle = left.index(todo[len(todo) // 2])
+        return [left[middle:], left[:middle]]
 
     def _narrow(self, part: Part) -> bool:
         """Whether the batch may be what is too large, and not a record in it: the topic gets smaller ones then."""
@@ -183,12 +189,9 @@ class Transactions:
         self._cluster.discard(producer)
 
 
-def _verdicts(bad: Iterable[Part]) -> set[Verdict]:
-    return {verdict(error) for part in bad if (error := part.error) is not None}
-
-
-def _outcome(bad: Sequence[Part]) -> Exception:
-    """What the worst of these errors means for the whole transaction."""
-    worst = min(bad, key=lambda part: _verdicts([part]) != {Verdict.FATAL})
-    kind = Fatal if _verdicts([worst]) == {Verdict.FATAL} else NotConnected
-    return kind(f"Kafka topic {worst.place[0]}: {describe(worst.error or KafkaError())}")
+def _first_of_each(batch: Sequence[Record], positions: list[int]) -> list[int]:
+    """Without those whose id one before them has."""
+    first: dict[str | int, int] = {}
+    for position in positions:
+        first.setdefault(batch[position].msgid or position, position)
+    return list(first.values())

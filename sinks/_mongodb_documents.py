@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -10,6 +10,7 @@ import bson
 import orjson
 from bson.datetime_ms import DatetimeMS
 from bson.errors import BSONError
+from pymongo import UpdateOne
 
 from broker.config.template import Template
 from broker.connectors.json_text import compile_value
@@ -41,6 +42,18 @@ class Documents:
         if found.get("_id", 0) is None:
             del found["_id"]  # nobody vouches for a message id: the server makes one
         return found
+
+    def update(self, record: Record, by: Iterable[str]) -> tuple[bytes, UpdateOne]:
+        """The key of the document that is meant, in BSON, and what becomes of it; `by` are the fields of the key."""
+        values = self.values(record)
+        encoded(values)
+        keys = {name: values.pop(name) for name in by}
+        for name, value in keys.items():
+            if value is None:
+                raise ValueError(f"{name} has no value")
+        # $eq: what a device sent is compared, never read as a condition
+        wanted = {name: {"$eq": value} for name, value in keys.items()}
+        return encoded(keys), UpdateOne(wanted, {"$set": values}, upsert=True)
 
     def _why_not(self, record: Record) -> str:
         for name, find in self._fields:

@@ -25,3 +25,10 @@ def converter(kind: str, whole_type: str, template: Template) -> to.Convert:
         "date": to.day_text,
     }
     return known.get(kind) or (to.moment_text if kind in ("datetime", "timestamp") else to.text)
+
+
+def length(value: object) -> int:
+    """Bytes a value takes in a statement, about."""
+    if type(value) is str:
+        return len(value) if value.isascii() else len(value.encode())
+    return len(value) if type(value) is bytes else 8

@@ -16,7 +16,7 @@ class Progress:
     """A batch that cannot be finished comes again, whole: what of it is stored or refused already is not sent twice."""
 
     def __init__(self) -> None:
-        self._known: dict[str | int, tuple[Record, str | None]] = {}
+        self._known: dict[str | int, tuple[Record, str | None]] = {}  # it keeps the record: no other gets its identity
 
     def of(self, batch: Sequence[Record]) -> Work:
         """`with progress.of(batch) as work:`, in which an exception means that the batch comes again."""
@@ -34,7 +34,7 @@ class Work:
         self._stored: list[int] = []
         self._refused: dict[int, str] = {}
         if known:
-            before = [known.get(_identity(record)) for record in batch]
+            before = [known.get(record.identity) for record in batch]
             self.todo = [position for position, entry in enumerate(before) if entry is None]
             self._refused = {p: entry[1] for p, entry in enumerate(before) if entry is not None and entry[1]}
 
@@ -56,12 +56,12 @@ class Work:
         if kind is not None:
             if len(known) > _MOST:  # of records that never came again: their queue was dropped
                 known.clear()
-            known.update((_identity(batch[p]), (batch[p], None)) for p in self._stored)
-            known.update((_identity(batch[p]), (batch[p], reason)) for p, reason in self._refused.items())
+            known.update((batch[p].identity, (batch[p], None)) for p in self._stored)
+            known.update((batch[p].identity, (batch[p], reason)) for p, reason in self._refused.items())
             return
         if known:
             for record in batch:
-                known.pop(_identity(record), None)
+                known.pop(record.identity, None)
         if self._refused:
             raise BatchFailed(self._refused)
 
@@ -82,7 +82,3 @@ def naming(template: Template) -> Callable[[Record], str]:
         return text
 
     return name_of
-
-
-def _identity(record: Record) -> str | int:
-    return record.msgid or id(record)  # what is known keeps its record, so no other gets this id

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
-from email.utils import parsedate_to_datetime
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -17,8 +15,8 @@ from broker.connectors.outbound import WebService
 from broker.extend.auth import BackendUnavailable
 from broker.extend.record import RecordTemplate, compile_template
 from broker.extend.registry import Backend
-from broker.extend.sink import Batch, Fatal, NotConnected, Record, SinkConfig
-from sinks._http_requests import Request, Requests, check_target, origin
+from broker.extend.sink import Batch, Fatal, NotConnected, Record, SinkConfig, shows_msgid
+from sinks._http_requests import Request, Requests, check_target, origin, retry_after
 from sinks._progress import Progress
 
 _ANSWER = 2_000
@@ -83,6 +81,12 @@ class HttpConfig(WebService, SinkConfig):
         if self.idempotency_header:
             check_header(self.idempotency_header)
         return self
+
+    def idempotency_problem(self) -> str | None:
+        texts = (self.url, *(value.reveal() for value in self.headers.values()))
+        if self.idempotency_header or shows_msgid(self.body, *map(Template, texts)):
+            return None
+        return "without idempotency_header and `${msgid}` the service could tell no repetition"
 
     @property
     def stops(self) -> frozenset[int]:
@@ -160,7 +164,7 @@ class Http:
         if status in config.success:
             return None
         if status in config.retry or status >= 500:
-            pause = min(_retry_after(answer.headers.get("Retry-After", "")), config.longest_wait)
+            pause = min(retry_after(answer.headers.get("Retry-After", "")), config.longest_wait)
             self._not_before = asyncio.get_running_loop().time() + pause
             raise NotConnected(self._say(answer))
         if status in self._fatal or status < 400:
@@ -185,16 +189,6 @@ class Http:
 async def open_http(config: HttpConfig) -> Http:
     pool = HttpPool(config, size=config.lanes, timeout=config.timeout, most=_ANSWER, whole=False, again=False)
     return Http(config, pool)
-
-
-def _retry_after(text: str) -> float:
-    """Seconds from now; 0 where nothing useful is said (RFC 9110, 10.2.3)."""
-    if text.isascii() and text.isdigit():
-        return float(text[:9])
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return 0.0
 
 
 BACKEND = Backend("sinks.http", HttpConfig, open_http, extra="http")

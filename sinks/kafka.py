@@ -11,7 +11,7 @@ from broker.config.template import Template
 from broker.config.types import Address, Duration, Size
 from broker.extend.record import RecordTemplate
 from broker.extend.registry import Backend
-from broker.extend.sink import BatchFailed, Record, SinkConfig
+from broker.extend.sink import BatchFailed, Record, SinkConfig, shows_msgid
 from sinks._kafka_client import Cluster
 from sinks._kafka_delivery import Delivery
 from sinks._kafka_layout import Layout, Strategy
@@ -58,7 +58,8 @@ class KafkaConfig(SinkConfig):
     A topic that takes less is found out."""
     transactional_id: str = Field(default="", max_length=249)
     """Makes each batch a transaction under this name, which no other sink of any broker may have: who reads only what
-    is committed gets each record once, also after a crash. Wants `lanes = 1` and the topic `progress_topic`."""
+    is committed gets each record once, also after a crash. Wants `lanes = 1` and the topic `progress_topic`. By an
+    `idempotency_key` a repetition is left out in the same batch and the next; a later one is told by `mqtt-msgid`."""
     progress_topic: str = Field(default="isthmus-progress", pattern=r"^[A-Za-z0-9._-]{1,249}$")
     """Topic in which transactions note what is stored; make it with one partition and `cleanup.policy=compact`."""
     transaction_timeout: Duration = Field(default=60.0, ge=1, le=900)
@@ -94,6 +95,11 @@ class KafkaConfig(SinkConfig):
             raise ValueError(f"transactional_id needs batch.max_records of {_MOST_NOTED} at most: they are all noted")
         return self
 
+    def idempotency_problem(self) -> str | None:
+        if self.transactional_id or self.headers is True or shows_msgid(self.key, self.value, self.headers):
+            return None
+        return "neither headers nor value hold `${msgid}`: who reads the topic could tell no repetition"
+
 
 class Kafka:
     """Sends a batch as one Kafka batch per partition and waits for all of them.
@@ -119,7 +125,7 @@ class Kafka:
             timestamp=config.timestamp, headers=config.headers, partition=config.partition,
         )  # fmt: skip
         self._timeout = config.request_timeout
-        self._unsettled: dict[str | int, Part] = {}
+        self._unsettled: dict[str | int, Part] = {}  # a part keeps its records: no other gets their identity
         self._transactions: Transactions | None = None
         self._topics = [config.topic.literal] if config.topic.literal is not None else []
         if config.transactional_id:
@@ -140,7 +146,7 @@ class Kafka:
             raise
         if self._unsettled:
             for record in batch:
-                self._unsettled.pop(_identity(record), None)
+                self._unsettled.pop(record.identity, None)
         if delivery.failed:
             raise BatchFailed(delivery.failed)
 
@@ -152,7 +158,7 @@ class Kafka:
 
     async def _resume(self, delivery: Delivery) -> list[int]:
         """Await what earlier writes sent. Answers the positions that are to be sent (again)."""
-        known = [self._unsettled.get(_identity(record)) for record in delivery.batch]
+        known = [self._unsettled.get(record.identity) for record in delivery.batch]
         before = list(dict.fromkeys(part for part in known if part is not None))
         await delivery.wait(before)
         todo = []
@@ -172,11 +178,7 @@ class Kafka:
         for part in delivery.sent:
             if part.settled:
                 part.records = [delivery.batch[position] for position in part.positions]
-                self._unsettled.update((_identity(record), part) for record in part.records)
-
-
-def _identity(record: Record) -> str | int:
-    return record.msgid or id(record)  # a part keeps its records, so no other gets this id
+                self._unsettled.update((record.identity, part) for record in part.records)
 
 
 async def open_kafka(config: KafkaConfig) -> Kafka:

@@ -75,6 +75,14 @@ class MongodbConfig(mongodb.MongoServer, SinkConfig):
             raise ValueError("time_field must be one of dates")
         return self
 
+    def idempotency_problem(self) -> str | None:
+        if self.mode == "time_series":
+            return "MongoDB cannot tell what is in a time series collection already"
+        names = self.upsert_by if self.mode == "upsert" else ("_id",)
+        if any("msgid" in self.fields[name].names for name in names if name in self.fields):
+            return None
+        return f"{' and '.join(names)} of fields should hold `${{msgid}}`, which it takes the place of"
+
 
 class Mongodb:
     """One unordered bulk write for a batch, confirmed by a majority of the replica set."""
@@ -138,7 +146,7 @@ class Mongodb:
         waiting: dict[bytes, list[int]] = {}  # by the document that is meant, the newest last
         for position in work.todo:
             try:
-                key, writes[position] = self._update(work.batch[position])
+                key, writes[position] = self._documents.update(work.batch[position], self._config.upsert_by)
             except (LookupError, TypeError, ValueError) as error:
                 work.refuse(position, f"{_NONE}: {error}")
             else:
@@ -151,18 +159,6 @@ class Mongodb:
                     work.stored(older)
                     older.clear()
             waiting = {key: positions for key, positions in waiting.items() if positions}
-
-    def _update(self, record: Record) -> tuple[bytes, UpdateOne]:
-        """The key of the document that is meant, and what becomes of it."""
-        values = self._documents.values(record)
-        encoded(values)
-        keys = {name: values.pop(name) for name in self._config.upsert_by}
-        for name, value in keys.items():
-            if value is None:
-                raise ValueError(f"{name} has no value")
-        # $eq: what a device sent is compared, never read as a condition
-        wanted = {name: {"$eq": value} for name, value in keys.items()}
-        return encoded(keys), UpdateOne(wanted, {"$set": values}, upsert=True)
 
     async def _store(self, work: Work, positions: list[int], writes: list[Any]) -> set[int]:
         """One bulk write. Answers the positions that were refused; raises for what is to come again."""

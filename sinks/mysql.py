@@ -16,7 +16,7 @@ from broker.extend.auth import BackendUnavailable
 from broker.extend.registry import Backend
 from broker.extend.sink import Fatal
 from sinks._mysql_statements import Statements
-from sinks._mysql_types import converter
+from sinks._mysql_types import converter, length
 
 _SIZES = (4096, 512, 64, 8, 1)  # rows of the statements that are prepared
 _MOST_VALUES = 65_535  # of one statement: its protocol counts them in two bytes
@@ -145,7 +145,7 @@ class Mysql(TableSink):
     def _parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """Parts of as many rows as there are statements for, each below the server's largest packet."""
         sizes = [1] if self._singly else [size for size in _SIZES if size * len(self._names) <= _MOST_VALUES]
-        lengths = [sum(map(_length, row)) for row in rows]
+        lengths = [sum(map(length, row)) for row in rows]
         room = self._largest - 4096 - 16 * len(self._names) * sizes[0]
         start = 0
         while start < len(rows):
@@ -185,12 +185,6 @@ class Mysql(TableSink):
 
 def _code(error: BaseException) -> int:
     return error.args[0] if error.args and isinstance(error.args[0], int) else 0
-
-
-def _length(value: Any) -> int:
-    if type(value) is str:
-        return len(value) if value.isascii() else len(value.encode())
-    return len(value) if type(value) is bytes else 8
 
 
 async def open_mysql(config: MysqlConfig) -> Mysql:

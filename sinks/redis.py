@@ -8,7 +8,6 @@ from itertools import count, repeat
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from redis import exceptions
 
 from broker.config.template import Template
 from broker.config.types import Duration
@@ -16,19 +15,14 @@ from broker.connectors import redis
 from broker.extend.auth import BackendUnavailable
 from broker.extend.record import RecordTemplate
 from broker.extend.registry import Backend
-from broker.extend.sink import Fatal, NotConnected, Record, SinkConfig
+from broker.extend.sink import Fatal, NotConnected, Record, SinkConfig, shows_msgid
 from sinks._progress import Progress, Work
 from sinks._redis_commands import Commands
+from sinks._redis_errors import text_of, verdict
 
 _TYPES = {"XADD": "stream", "HSET": "hash", "RPUSH": "list", "LPUSH": "list"}
 _LATE = "equal or smaller than the target stream top item"
 _PLACES = 5  # times late entries are given places behind the newest
-_LATER = (
-    exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ClusterError, exceptions.AskError,
-    exceptions.TryAgainError, exceptions.ReadOnlyError, exceptions.OutOfMemoryError,
-)  # fmt: skip
-_LATER_WORDS = {"OOM", "MISCONF", "BUSY", "MASTERDOWN", "NOREPLICAS", "LOADING", "UNBLOCKED"}
-_FATAL = (exceptions.NoPermissionError, exceptions.AuthorizationError, exceptions.AuthenticationWrongNumberOfArgsError)
 
 
 class RedisConfig(redis.RedisServer, SinkConfig):
@@ -64,6 +58,16 @@ class RedisConfig(redis.RedisServer, SinkConfig):
         if 0 < self.expire < 0.001:
             raise ValueError("expire is less than a millisecond")
         return self
+
+    def idempotency_problem(self) -> str | None:
+        if self.command == "XADD":
+            return (
+                "entries of a stream have ids that rise with time, so Redis would not tell a repetition; "
+                'write command = "HSET" with `${msgid}` in redis_key, or put the value itself into fields'
+            )
+        if shows_msgid(self.redis_key, self.fields if self.command == "HSET" else self.value):
+            return None
+        return "nothing here holds `${msgid}`, which it takes the place of; put it into redis_key"
 
 
 class Redis:
@@ -103,9 +107,9 @@ class Redis:
         key, wanted = self._config.redis_key.literal, _TYPES.get(self._config.command)
         [found] = await self._send([("PING",) if key is None else ("TYPE", key)])
         if isinstance(found, Exception):
-            raise (_verdict(found) or Fatal)(f"Redis: {found}")
-        if wanted is not None and key is not None and _text(found) not in (wanted, "none"):
-            raise Fatal(f"{key} holds a {_text(found)}; {self._config.command} needs a {wanted}")
+            raise (verdict(found) or Fatal)(f"Redis: {found}")
+        if wanted is not None and key is not None and text_of(found) not in (wanted, "none"):
+            raise Fatal(f"{key} holds a {text_of(found)}; {self._config.command} needs a {wanted}")
 
     async def close(self) -> None:
         await self._pool.close()
@@ -133,16 +137,16 @@ class Redis:
             if _LATE in str(answer):
                 late[position] = command
                 continue
-            said = f"Redis: {command[0]!s} {_text(command[1])}: {answer}"
-            verdict = _verdict(answer)
-            if verdict is None and self._config.redis_key.literal is not None and "WRONGTYPE" in str(answer):
-                verdict = Fatal
-            if verdict is None:
+            said = f"Redis: {command[0]!s} {text_of(command[1])}: {answer}"
+            kind = verdict(answer)
+            if kind is None and self._config.redis_key.literal is not None and "WRONGTYPE" in str(answer):
+                kind = Fatal
+            if kind is None:
                 work.refuse(position, said)
             else:
-                trouble = trouble or verdict(said)
+                trouble = trouble or kind(said)
         for answer in answers[len(commands) :]:
-            if isinstance(answer, Exception) and _verdict(answer) is Fatal:
+            if isinstance(answer, Exception) and verdict(answer) is Fatal:
                 trouble = trouble or Fatal(f"Redis: {answer}")
         if trouble is not None:
             raise trouble
@@ -178,19 +182,6 @@ def _behind(newest: Any) -> Iterator[str]:
         return repeat("*")
     milliseconds, _, sequence = newest[0][0].decode().partition("-")
     return (f"{milliseconds}-{number}" for number in count(int(sequence) + 1))
-
-
-def _verdict(error: Exception) -> type[NotConnected | Fatal] | None:
-    """What follows from a refused command; None when the record is to blame."""
-    if isinstance(error, _FATAL) or "unknown command" in str(error).lower():
-        return Fatal
-    if isinstance(error, _LATER) or str(error).partition(" ")[0] in _LATER_WORDS:
-        return NotConnected
-    return None
-
-
-def _text(value: Any) -> str:
-    return ascii(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)[1:-1][:100]
 
 
 BACKEND = Backend("sinks.redis", RedisConfig, open_redis, extra="redis")

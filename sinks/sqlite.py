@@ -63,6 +63,11 @@ class SqliteConfig(SinkConfig):
         Trimmer(self.table, self.columns, self.retention)
         return self
 
+    def idempotency_problem(self) -> str | None:
+        if any(template.text == "${msgid}" for template in self.columns.values()):
+            return None
+        return "no column is exactly `${msgid}`, which it takes the place of"
+
 
 class Sqlite:
     """One connection in one thread. The file is opened by the first write and again after every failure."""

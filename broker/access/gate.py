@@ -419,10 +419,10 @@ class AccessGate:
         that no will of theirs is published."""
         if action == PUBLISH and self.protection.bans and self.protection.bans.hits(principal):
             return 0
-        expires_at = principal.expires_at
-        if expires_at is not None and time.time() >= expires_at:
+        standing = principal.standing  # its properties would be a call each
+        if standing.expires_at is not None and time.time() >= standing.expires_at:
             return 0
-        if principal.superuser:
+        if standing.superuser:
             return packets or 1
         try:
             return self._judged(principal, action, topic, packets)
@@ -594,19 +594,20 @@ class AccessGate:
         )  # fmt: skip
 
     def _look_up(self, principal: Principal) -> None:
-        own = principal.own_rules
-        found = None if own else self._common.get(principal.auth)
+        standing = principal.standing
+        own = standing.own_rules
+        found = None if own else self._common.get(standing.auth)
         if found is None:
             sources: list[RuleSet] = []
-            for guard in self.chain(principal.auth).guards:
-                if own and guard.name == principal.backend:
+            for guard in self.chain(standing.auth).guards:
+                if own and guard.name == standing.backend:
                     sources.append(self._compile(tuple(own)))
                 if guard.common is not None:
                     sources.append(guard.common)
             found = tuple(sources)
             found = self._sources.setdefault(found, found)  # shared by all with the same
             if not own:
-                self._common[principal.auth] = found
+                self._common[standing.auth] = found
         principal.sources = found
         principal.rendered = None
         principal.generation = self.generation

@@ -130,32 +130,37 @@ class _Index:
             if _fill(levels, subject) == topic:
                 best = _pick([compiled], subject, packets, best)
         count = len(parts)
-        system = topic.startswith("$")  # root wildcards never reach `$` topics [MQTT-4.7.2-1]
-        stack = [(self.root, 0)]
-        while stack:
-            node, at = stack.pop()
+        system = topic[:1] == "$"  # root wildcards never reach `$` topics [MQTT-4.7.2-1]
+        aside: list[tuple[_Node, int]] = []  # where the walk goes on when it has reached an end
+        node, at = self.root, 0
+        while True:
             root = system and at == 0
             if node.hashes is not None and not root:
                 best = _pick(node.hashes, subject, packets, best)
+            following: _Node | None = None
             if at == count:
                 if node.ends is not None:
                     best = _pick(node.ends, subject, packets, best)
-                continue
-            part = parts[at]
-            child = node.children.get(part)
-            if child is not None:
-                stack.append((child, at + 1))
-            if node.plus is not None and part != "#" and not root:
-                stack.append((node.plus, at + 1))
-            if node.levels is not None:
-                if len(node.levels) <= _MANY:
-                    for level, child in node.levels:
-                        if _render(level, subject) == part:
-                            stack.append((child, at + 1))
-                else:
-                    for child in _rendered_children(node, subject).get(part, ()):
-                        stack.append((child, at + 1))
-        return best
+            else:
+                part = parts[at]
+                at += 1
+                following = node.children.get(part)
+                if node.plus is not None and part != "#" and not root:
+                    aside.append((node.plus, at))
+                if node.levels is not None:
+                    if len(node.levels) <= _MANY:
+                        for level, child in node.levels:
+                            if _render(level, subject) == part:
+                                aside.append((child, at))
+                    else:
+                        for child in _rendered_children(node, subject).get(part, ()):
+                            aside.append((child, at))
+            if following is not None:
+                node = following
+            elif aside:
+                node, at = aside.pop()
+            else:
+                return best
 
 
 class RuleSet:

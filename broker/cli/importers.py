@@ -13,8 +13,10 @@ from broker.cli import check
 from broker.cli.common import DONE, FAILED, WRONG, common, complain, guarded, options
 from broker.config.problems import ConfigError
 from broker.config.settings import load_settings
+from broker.importers.emqx import import_emqx
 from broker.importers.findings import Findings
 from broker.importers.fragments import Fragment, Taken, land, settle
+from broker.importers.mosquitto import import_mosquitto
 from broker.importers.source import SourceError
 
 _source = click.argument("source", metavar="FILE", type=click.Path(path_type=Path))
@@ -24,6 +26,8 @@ _out = click.option(
     metavar="DIR",
     help="Folder the fragments are written to, made when it is not there.  [that of --conf]",
 )
+_OF_LOGS = ("log_format", "log_level")
+"""Common options that mean nothing here: what is to be said is the output."""
 
 
 @click.group("import", short_help="Turn the configuration of mosquitto or EMQX into fragments.")
@@ -37,28 +41,30 @@ def import_() -> None:
     """
 
 
-@import_.command()
-@_source
-@_out
-@common
-@guarded
-def mosquitto(source: Path, out: Path | None) -> int:
-    """Import mosquitto.conf, with what it includes. Password and rule files are used where and as they are."""
-    from broker.importers.mosquitto import import_mosquitto
+def _offer(name: str, read: Callable[[Path], Findings], text: str) -> None:
+    """Add the command that imports what `read` reads."""
 
-    return _import(import_mosquitto, source, out)
+    @import_.command(name, help=text)
+    @_source
+    @_out
+    @common
+    @guarded
+    def command(source: Path, out: Path | None) -> int:
+        return _import(read, source, out)
+
+    command.params = [one for one in command.params if one.name not in _OF_LOGS]
 
 
-@import_.command()
-@_source
-@_out
-@common
-@guarded
-def emqx(source: Path, out: Path | None) -> int:
-    """Import emqx.conf of EMQX 5, or of EMQ 2 to 4 with the files in plugins/ beside it; told apart by the text."""
-    from broker.importers.emqx import import_emqx
-
-    return _import(import_emqx, source, out)
+_offer(
+    "mosquitto",
+    import_mosquitto,
+    "Import mosquitto.conf, with what it includes. Password and rule files are used where and as they are.",
+)
+_offer(
+    "emqx",
+    import_emqx,
+    "Import emqx.conf of EMQX 5, or of EMQ 2 to 4 with the files in plugins/ beside it; told apart by the text.",
+)
 
 
 def _import(read: Callable[[Path], Findings], source: Path, out: Path | None) -> int:

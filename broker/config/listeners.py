@@ -83,6 +83,11 @@ class SecureListener(NetworkListener):
     of several alternative names the first."""
     tls_min: Literal["1.2", "1.3"] = "1.2"
     """Oldest TLS version accepted: 1.2 | 1.3."""
+    receive_buffer: Annotated[Size, Field(ge=16_384, le=4_194_304)] = 65_536
+    """Bytes a client may be ahead of the broker, give or take half (``SO_RCVBUF``; the system allows
+    ``net.core.rmem_max`` at most). More is faster over long distances: a client sends about this much each round trip.
+    Less keeps one that floods with TLS messages of no use, such as key updates, from delaying others. Counts for new
+    connections."""
 
     @property
     def verification(self) -> Literal["none", "optional", "require"]:

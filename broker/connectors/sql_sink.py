@@ -25,6 +25,8 @@ from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record, SinkCon
 _NAME = re.compile(r"[^\x00-\x1f\x7f\"`.]{1,63}")
 _DEFAULT = {"msgid": "msgid", "time": "ts", "clientid": "clientid", "username": "username", "topic": "topic",
             "payload": "payload"}  # fmt: skip
+_RENEWED = frozenset({"ts", "ts_iso"})
+_NO_TELLING = "the time of arrival, which is another when an event is published again; take one from the payload"
 _ONE_BY_ONE = 8  # rows in a part below which halving it takes longer than trying each
 _HINTS = 16  # times the database is believed which row of a batch it was: where all are bad, halving is shorter
 
@@ -82,6 +84,20 @@ class TableConfig(SinkConfig):
     def msgid(self) -> str | None:
         """The column of the message id."""
         return next((name for name, template in self.columns.items() if template.text == "${msgid}"), None)
+
+    @property
+    def renewed(self) -> frozenset[str]:
+        """Columns that are another each time the same event is published."""
+        return frozenset(name for name, template in self.columns.items() if not _RENEWED.isdisjoint(template.names))
+
+    def idempotency_problem(self) -> str | None:
+        if self.msgid is None:
+            return "no column is exactly `${msgid}`, which it takes the place of"
+        if self.key and self.msgid not in self.key:
+            return f"key does not hold {self.msgid}, the column of `${{msgid}}`, which it takes the place of"
+        if self.key and (renewed := self.renewed.intersection(self.key)):
+            return f"key holds {min(renewed)}, {_NO_TELLING}"
+        return None
 
 
 class Poison(Exception):
@@ -191,4 +207,9 @@ def choose_key(config: TableConfig, unique: list[frozenset[str]]) -> tuple[str, 
     fitting = [index for index in unique if config.msgid in index and index <= config.columns.keys()]
     if not fitting:
         raise no_unique_index(config.table, (config.msgid,))
+    if config.idempotency_key is not None:
+        renewed = [min(index & config.renewed, default="") for index in fitting]
+        if all(renewed):
+            raise Fatal(f"idempotency_key: the unique index of table {config.table} holds {renewed[0]}, {_NO_TELLING}")
+        fitting = [index for index, name in zip(fitting, renewed, strict=True) if not name]
     return min((len(index), tuple(sorted(index))) for index in fitting)[1]

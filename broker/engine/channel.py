@@ -17,9 +17,12 @@ from broker.engine.inbox import AUTHENTICATING, CLOSED, LIVE, NEW, STOP, SUSPEND
 from broker.engine.listener import ListenerInfo
 from broker.engine.router import Route, Router
 from broker.engine.session import Session
-from broker.mqtt import packets
 from broker.mqtt.codes import connack_v3
+from broker.mqtt.connect import decode_connect, encode_connack
+from broker.mqtt.control import check_flags, decode_auth, decode_disconnect, encode_disconnect
 from broker.mqtt.errors import ProtocolError
+from broker.mqtt.publish import decode_ack
+from broker.mqtt.subscribe import decode_subscribe, decode_unsubscribe, encode_suback, encode_unsuback
 
 log = logging.getLogger(__name__)
 
@@ -333,7 +336,7 @@ class Channel(Inbox):
     # the other packets ----------------------------------------------------------------------------------------
 
     def _on_packet(self, kind: int, first: int, body: bytes) -> None:
-        packets.check_flags(first, self.version)
+        check_flags(first, self.version)
         if kind == 1:
             if self.state != NEW:
                 raise ProtocolError(0x82, "a second CONNECT")  # [MQTT-3.1.0-2]
@@ -350,12 +353,12 @@ class Channel(Inbox):
         elif kind == 10:
             self._on_unsubscribe(session, body)
         elif 4 <= kind <= 7:
-            ack = packets.decode_ack(body, self.version, kind, self.core.limits.strict)
+            ack = decode_ack(body, self.version, kind, self.core.limits.strict)
             self._on_long_ack(session, kind, ack.packet_id, ack.code)
         elif kind == 14:
-            self._on_disconnect(session, packets.decode_disconnect(body, self.version, self.core.limits.strict))
+            self._on_disconnect(session, decode_disconnect(body, self.version, self.core.limits.strict))
         elif kind == 15 and self.v5:
-            packets.decode_auth(body, self.version)
+            decode_auth(body, self.version)
             raise ProtocolError(0x82, "AUTH without an authentication method")  # [MQTT-4.12.0-7]
         else:
             raise ProtocolError(0x82, "a packet only servers send")
@@ -371,7 +374,7 @@ class Channel(Inbox):
 
     def _on_subscribe(self, session: Session, body: bytes) -> None:
         limits = self.core.limits
-        subscribe = packets.decode_subscribe(body, self.version, limits.strict, limits.max_user_properties)
+        subscribe = decode_subscribe(body, self.version, limits.strict, limits.max_user_properties)
         self._flush_acks()
         subscriptions = self.engine.subscriptions
         codes, retained = subscriptions.subscribe(self, session, subscribe)
@@ -384,17 +387,17 @@ class Channel(Inbox):
 
     def _on_unsubscribe(self, session: Session, body: bytes) -> None:
         limits = self.core.limits
-        unsubscribe = packets.decode_unsubscribe(body, self.version, limits.strict, limits.max_user_properties)
+        unsubscribe = decode_unsubscribe(body, self.version, limits.strict, limits.max_user_properties)
         subscriptions = self.engine.subscriptions
         codes = subscriptions.unsubscribe(session, unsubscribe.filters)
         if session.spool is not None:
             subscriptions.when_unsubscribed(self, unsubscribe.packet_id, codes)
         else:
-            self.push(packets.encode_unsuback(unsubscribe.packet_id, self.version, codes))  # [MQTT-3.10.4-4]
+            self.push(encode_unsuback(unsubscribe.packet_id, self.version, codes))  # [MQTT-3.10.4-4]
 
     def subscribed(self, session: Session, packet_id: int, codes: list[int], retained: list[Any]) -> None:
         """Answer SUBSCRIBE and begin to send the retained messages."""
-        self.push(packets.encode_suback(packet_id, self.version, codes))  # [MQTT-3.8.4-1]
+        self.push(encode_suback(packet_id, self.version, codes))  # [MQTT-3.8.4-1]
         if retained:
             session.retained = deque(retained) if session.retained is None else session.retained + deque(retained)
             session.drain()
@@ -406,7 +409,7 @@ class Channel(Inbox):
 
     def _on_connect(self, body: bytes) -> None:
         limits = self.core.limits
-        connect = packets.decode_connect(body, limits.strict, limits.max_user_properties)
+        connect = decode_connect(body, limits.strict, limits.max_user_properties)
         self.connect = connect
         self.version = connect.version
         self.v5 = connect.version == 5
@@ -462,7 +465,7 @@ class Channel(Inbox):
         if self.state == CLOSED or self.state == LIVE:
             return
         self.core.count("connect_refused")
-        self.push(packets.encode_connack(self.version, False, code if self.v5 else connack_v3(code)))
+        self.push(encode_connack(self.version, False, code if self.v5 else connack_v3(code)))
         self._end(True)
 
     def refuse_late(self) -> None:
@@ -492,9 +495,9 @@ class Channel(Inbox):
         if self.state == NEW or self.state == AUTHENTICATING:
             version = error.version if self.connect is None else self.version
             if version == 5:
-                self.push(packets.encode_connack(5, False, error.code))
+                self.push(encode_connack(5, False, error.code))
             elif error.code == 0x84:
-                self.push(packets.encode_connack(version, False, 1))  # [MQTT-3.1.2-2]
+                self.push(encode_connack(version, False, 1))  # [MQTT-3.1.2-2]
             self._end(version == 5)
         else:
             self.disconnect(error.code)
@@ -505,7 +508,7 @@ class Channel(Inbox):
             return
         if self.v5 and self.state == LIVE and not self.engine.awaits_welcome(self):  # [MQTT-3.2.0-1]
             self._flush_acks()
-            self.push(packets.encode_disconnect(5, code))  # [MQTT-4.13.1-1]
+            self.push(encode_disconnect(5, code))  # [MQTT-4.13.1-1]
             self._end(True, code)
             return
         self._end(False, code)

@@ -8,6 +8,7 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from broker.engine.channel import Channel
@@ -28,7 +29,7 @@ from broker.engine.session import NEVER, Session
 from broker.engine.subscriptions import Subscriptions
 from broker.engine.timers import Timers, Wheel
 from broker.engine.wills import Wills
-from broker.mqtt import packets
+from broker.mqtt.connect import encode_connack
 from broker.mqtt.properties import Properties
 
 log = logging.getLogger(__name__)
@@ -153,14 +154,14 @@ class Engine:
         else:
             self.wheel.remove(channel)
         answer = self._connack_properties(channel, session, connect, keep_alive) if channel.v5 else None
-        connack = packets.encode_connack(channel.version, present, 0, answer)
+        connack = encode_connack(channel.version, present, 0, answer)
         if journal is not None and session.persistent:
             self._survive(session, journal, anew)
             anew = anew or (present and session.spool is not None and session.spool.segment == 0)
         if journal is not None and (anew or (not present and client_id in journal.ending)):
             self._claims[client_id] = channel
             session.claimed = True
-            journal.after(lambda written: self._welcome_later(channel, session, connack, written))
+            journal.after(partial(self._welcome_later, channel, session, connack))
             return
         if session.spool is not None and not session.persistent:  # it ends with its connection, a crash included
             session.note_life(True)
@@ -172,8 +173,8 @@ class Engine:
             return 0x85
         core = self.core
         session = self.sessions.get(client_id)
-        shared = core.limits.shared_client_ids or principal.privileged
-        if session is not None and not shared and session.owner != principal.username:
+        stranger = session is not None and session.owner != principal.username
+        if stranger and not (core.limits.shared_client_ids or principal.privileged):
             self.report("client_id_taken", f"client id {client_id!r} belongs to another user; {channel.peer} refused")
             return 0x85
         if connect.will is not None and not self.wills.may_leave(principal, connect.will):
@@ -228,8 +229,10 @@ class Engine:
     def _keep_alive_of(self, connect: Any, principal: Any) -> int:
         """Seconds, 0 for no end: what the client asks for, or the longest it may."""
         asked: int = connect.keep_alive
-        longest = 65535 if principal.privileged else self.core.limits.max_keepalive
-        return int(longest) if longest < 65535 and (asked == 0 or asked > longest) else asked
+        longest = self.core.limits.max_keepalive
+        if longest < 65535 and (asked == 0 or asked > longest) and not principal.privileged:
+            return int(longest)
+        return asked
 
     def _agree(self, channel: Channel, session: Session, connect: Any, principal: Any) -> int | None:
         """Put in force what CONNECT wants, within our limits; returns the keep-alive the client is to take instead."""
@@ -238,7 +241,8 @@ class Engine:
         keep_alive = self._keep_alive_of(connect, principal)
         server_keep_alive = keep_alive if keep_alive != connect.keep_alive else None  # [MQTT-3.2.2-21]
         channel.keep_alive = keep_alive * 1.5  # [MQTT-3.1.2-22]
-        session.window = 65535 if principal.privileged else limits.max_inflight
+        privileged: bool = principal.privileged
+        session.window = 65535 if privileged else limits.max_inflight
         session.max_packet = 268_435_460
         alias_out = 0
         if props is not None:
@@ -252,9 +256,9 @@ class Engine:
         session.principal = principal
         if session.spec is None:  # an instance's session has its own since it was made: `isthmus/x/dlq` is not x
             session.origin = principal.origin
-        session.special = alias_out > 0 or principal.privileged
+        session.special = alias_out > 0 or privileged
         channel.principal = principal
-        channel.receive_maximum = limits.receive_maximum if not principal.privileged else 65535
+        channel.receive_maximum = 65535 if privileged else limits.receive_maximum
         channel.alias_maximum = limits.topic_alias_maximum if channel.v5 else 0
         return server_keep_alive
 
@@ -651,7 +655,9 @@ class Engine:
         if channel.deadline <= now or channel.link.get_write_buffer_size() > too_much:
             self.core.count("stalled")
             self.report("stalled", f"client {channel.client_id!r} from {channel.peer} reads nothing; closed")
+            link = channel.link
             channel.disconnect(0x83)
+            link.abort()  # its last word would wait behind all that was not read, and TLS go on to answer meanwhile
 
     def _failed(self, error: Exception) -> None:
         self.core.failed(error, "a timer of the engine failed; the others go on")

@@ -405,14 +405,15 @@ class Journal(Intake):
     # reading back ---------------------------------------------------------------------------------------------
 
     def load(self, spool: Spool, entries: list[Any], loaded: Callable[[list[Any], list[Any]], None]) -> None:
-        """Read the messages of these backlog entries: `loaded` gets the entries and what `_read` says of each."""
+        """Read the messages of these backlog entries: `loaded` gets the entries and what `_read` says of each. The
+        oldest may be taken out of the list meanwhile: they are left out of both."""
         self.loads += 1
 
         def done(found: list[bytes | None]) -> None:
             self.loads -= 1
             messages = []
             clock = self.clock_ms()
-            for entry, record in zip(entries, found, strict=True):
+            for entry, record in zip(entries, found[len(found) - len(entries) :], strict=True):
                 messages.append(self._read(spool, entry, record, clock))
             loaded(entries, messages)
             if not self.loads:

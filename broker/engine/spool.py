@@ -428,17 +428,15 @@ class Spool:
                 self.passed(entry[6], session.inflight)
             session.discard(entry, reason)
             return True
-        if self.loading is not None:
-            return False
-        if self.backlog is not None:
-            taken = self.backlog.take(1)
-            if taken:
-                seq, position, size, _ = taken[0]
-                session.queue_bytes -= size
-                session.count_drop(reason)
-                self.passed(seq, session.inflight)
-                self.finish_place(seq, position)
-                return True
+        # what is being read back is given up as well: while a disk is slow, a queue keeps to its quota too
+        waiting = self.loading or (self.backlog.take(1) if self.backlog is not None else None)
+        if waiting:
+            seq, position, size, _ = waiting.pop(0)
+            session.queue_bytes -= size
+            session.count_drop(reason)
+            self.passed(seq, session.inflight)
+            self.finish_place(seq, position)
+            return True
         if self.tail:
             entry = self.tail.popleft()
             self.passed(entry[6], session.inflight)

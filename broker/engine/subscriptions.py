@@ -165,8 +165,9 @@ class Subscriptions:
         retained: list[Any] = []
         if key is None and handling != 2 and (handling == 0 or old is None):  # [MQTT-3.3.1-10] [MQTT-3.3.1-11]
             retained = self.retained_for(session, target, qos, (ident,) if ident else None)
-        owes = session.spool is not None and any(entry[1] for entry in retained)
-        self._note(session, filter, made, self.owed.promise(session, filter) if owes else 0)
+        if session.spool is not None:
+            owes = _any_to_keep(retained)
+            self._note(session, filter, made, self.owed.promise(session, filter) if owes else 0)
         return qos, retained
 
     def _add(
@@ -360,3 +361,8 @@ class Subscriptions:
 
 def _by_filter(session: Session) -> dict[bytes, Subscription]:
     return {filter_of(subscription): subscription for subscription in session.subscriptions or ()}
+
+
+def _any_to_keep(retained: list[Any]) -> bool:
+    """Whether some of what a subscription gets is of QoS 1 or 2."""
+    return any(entry[1] for entry in retained)

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from broker.config.template import Template
 from broker.config.types import Duration, Size
 from broker.extend.condition import Condition
+from broker.extend.idempotency import KeyTemplate
 from broker.extend.registry import InstanceConfig
 from broker.extend.session import Ack, Overflow, SessionSpec
 
@@ -49,6 +51,14 @@ class SinkConfig(InstanceConfig):
     """Which of them: `payload.value != null and payload.value < 1000`. Knows `and or not ( )`, `== != < <= > >=`,
     `in [1, "a"]`, and the names that templates know. A message of which it can say neither yes nor no, such as one
     whose payload is no JSON, is a dead letter."""
+    idempotency_key: KeyTemplate | None = None
+    """Template by whose values repetitions are told instead of by the message id, so that an event that a device
+    publishes anew, because the acknowledgement was lost, is stored once: `${clientid}:${payload.id}`. Wherever this
+    sink writes or compares `${msgid}` it takes a digest of the values, which has the same form (32 hex digits).
+    `${clientid}` belongs in it unless ids are unique among all devices. A message without one of the values, or with an
+    empty one, is a dead letter. It is refused where nothing could be told by it: in a Redis stream, a time series of
+    MongoDB, columns without `${msgid}`. There is no packet identifier to put in: most clients use it for another
+    message at once, which would be lost as a repetition."""
     ack: Ack = "spool"
     """When the publisher's acknowledgement is sent: accept | spool | delivered."""
     queue: Queue = Queue()
@@ -64,6 +74,17 @@ class SinkConfig(InstanceConfig):
     worker: str = ""
     """Name of the worker process that runs this instance; empty: any."""
 
+    @model_validator(mode="after")
+    def _key_has_an_effect(self) -> SinkConfig:
+        if self.idempotency_key is not None and (problem := self.idempotency_problem()):
+            raise ValueError(f"idempotency_key: {problem}")
+        return self
+
+    def idempotency_problem(self) -> str | None:
+        """Why an `idempotency_key` would keep nothing from being stored twice; None where it does. Sinks that need
+        other keys for it say so here."""
+        return None
+
     def session(self) -> SessionSpec:
         """The durable session the broker keeps for this instance."""
         return SessionSpec(
@@ -76,6 +97,15 @@ class SinkConfig(InstanceConfig):
             overflow=self.queue.overflow,
             max_age=self.queue.max_age,
         )
+
+
+def shows_msgid(*values: object) -> bool:
+    """Whether one of these, templates or tables of templates, holds `${msgid}`, alone or in an envelope."""
+    return any(
+        shows_msgid(*value.values()) if isinstance(value, dict)
+        else isinstance(value, Template) and not {"msgid", "."}.isdisjoint(value.names)
+        for value in values
+    )  # fmt: skip
 
 
 UNREAD: Any = object()
@@ -95,7 +125,8 @@ class Record:
     username: str | None = None
     peerhost: str | None = None
     msgid: str | None = None
-    """32 hex digits, sortable by time, the same on every redelivery."""
+    """32 hex digits, sortable by time, the same on every redelivery; under an `idempotency_key` a digest, which a later
+    message may have, too."""
     ts: int = 0
     """Milliseconds since 1970 when the broker took the message."""
     content_type: str | None = None
@@ -105,6 +136,28 @@ class Record:
     node: str | None = None
     json: Any = field(default=UNREAD, init=False, repr=False, compare=False)
     """The payload read as JSON, once somebody asked `payload_json` for it; None when it is none."""
+    keyed: Record | None = field(default=None, init=False, repr=False, compare=False)
+    """The same under the sink's `idempotency_key`, made once: a batch that comes again holds the same objects."""
+
+    @property
+    def identity(self) -> str | int:
+        """Tells this record from every other, also from one of the same `msgid`, as long as it is kept."""
+        return self.msgid or id(self)
+
+    def under(self, key: str) -> Record:
+        """The same with another `msgid` and its own identity."""
+        other = _Keyed(
+            self.topic, self.payload, self.qos, self.retain, self.clientid, self.username, self.peerhost, key, self.ts,
+            self.content_type, self.response_topic, self.correlation_data, self.user_properties, self.node,
+        )  # fmt: skip
+        other.json = self.json
+        other.identity = self.msgid or id(other)
+        return other
+
+
+@dataclass(slots=True)
+class _Keyed(Record):
+    identity: str | int = field(default=0, init=False, repr=False, compare=False)
 
 
 class NotConnected(ConnectionError):

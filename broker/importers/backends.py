@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 from broker.config.types import parse_duration
-from broker.importers.emqx_listeners import locate
+from broker.importers.emqx_listeners import tls_files
 from broker.importers.findings import Findings, Secret, Table
 from broker.importers.servers import is_local, with_port
 from broker.importers.source import Node
@@ -19,6 +19,10 @@ LDAP_RIGHTS = {
     "all_attribute": "mqttPubSubTopic",
 }
 """What EMQX's schema of a directory calls the topics of a user."""
+
+TOKEN = (("from", "token_in"), ("acl_claim_name", "acl_claim"))
+"""Keys of `[auth.jwt]` that only have another name."""
+NO_CLAIMS = "none, as with EMQX: a token is good under any user name"
 
 _CLEAR = "not encrypted, as it was; tls = true ends that"
 _SELECT = re.compile(
@@ -39,6 +43,25 @@ def set_sql(table: Table, scheme: str, node: Node, server: str) -> None:
     set_password(table, node)
 
 
+def address(url: str) -> str:
+    """A URL, as a secret when there may be one in it, behind a question mark."""
+    return Secret(url) if "?" in url else url
+
+
+def addresses(place: Node | None, port: int) -> list[str]:
+    """Host and port of each server; this machine when none is named."""
+    return [with_port(one, port) for one in (place.as_texts() if place is not None else ["127.0.0.1"])]
+
+
+def carry(table: Table, node: Node, names: Iterable[tuple[str, str]]) -> None:
+    """Texts that only have another name here, theirs and ours; an empty one says nothing."""
+    for key, ours in names:
+        setting = node.take(key)
+        if setting is not None and setting.as_text():
+            table.remarks.pop(ours, None)
+            table.set(ours, setting.as_text(), setting)
+
+
 def set_password(table: Table, node: Node, key: str = "password", ours: str = "password") -> None:
     """A secret, when there is one."""
     password = node.take(key)
@@ -55,10 +78,8 @@ def set_tls(table: Table, ssl: Node | None, servers: Iterable[str], found: Findi
             table.set("allow_cleartext", True, remark=_CLEAR)
         return
     table.set("tls", True)
-    for key, ours in (("cacertfile", "ca"), ("certfile", "certificate"), ("keyfile", "key")):
-        path = ssl.take(key)
-        if path is not None and path.as_text():
-            table.set(ours, locate(found, path.as_text()), path)
+    for ours, path, setting in tls_files(ssl, found):
+        table.set(ours, path, setting)
     verify = ssl.take("verify")
     if verify is None or verify.as_text() in ("verify_none", "false"):
         table.remarks["tls"] = "certificates are always verified, which they were not: ca must vouch for the server"
@@ -69,10 +90,12 @@ def set_tls(table: Table, ssl: Node | None, servers: Iterable[str], found: Findi
 def set_pool(table: Table, size: Node | None, timeout: Node | None) -> None:
     """`pool` and `timeout`."""
     if size is not None:
-        table.set("pool", min(max(size.as_whole(), 1), 256), size)
+        wanted = size.as_whole()
+        table.set("pool", min(max(wanted, 1), 256), size, f"was {wanted}" if wanted > 256 else "")
     if timeout is not None and timeout.as_text() != "infinity":
         text = timeout.as_duration("ms")
-        table.set("timeout", text if parse_duration(text) <= 60 else "1m", timeout)
+        long = parse_duration(text) > 60
+        table.set("timeout", "1m" if long else text, timeout, f"was {text}" if long else "")
 
 
 def set_statement(table: Table, key: str, query: Node) -> None:

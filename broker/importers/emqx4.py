@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from broker.importers.chain import Chain
 from broker.importers.emqx4_access import import_backends
 from broker.importers.emqx4_bridges import import_bridges
-from broker.importers.emqx5 import limits
-from broker.importers.emqx_listeners import KINDS, address_rules, import_listener, locate
+from broker.importers.emqx_limits import import_broker, import_limits
+from broker.importers.emqx_listeners import BY_CERTIFICATE, KINDS, address_rules, import_listener, locate
 from broker.importers.findings import Findings, Table
 from broker.importers.flat import read_flat
-from broker.importers.source import Node, SourceError, read_source
+from broker.importers.source import Node, Place, SourceError, read_source
 
-_EMQ2 = {
-    "client.idle_timeout": "idle_timeout",
-    "conn.idle_timeout": "idle_timeout",
-    "mqueue.max_length": "max_mqueue_len",
-    "mqueue.store_qos0": "mqueue_store_qos0",
-    "session.expiry_interval": "session_expiry_interval",
-    "session.max_inflight": "max_inflight",
-    "session.max_subscriptions": "max_subscriptions",
-    "session.upgrade_qos": "upgrade_qos",
+_ELDER = {
+    "broker.shared_subscription_strategy": "shared_subscription_strategy",
+    "mqtt.client.idle_timeout": "idle_timeout",
+    "mqtt.conn.idle_timeout": "idle_timeout",
+    "mqtt.mqueue.max_length": "max_mqueue_len",
+    "mqtt.mqueue.store_qos0": "mqueue_store_qos0",
+    "mqtt.session.expiry_interval": "session_expiry_interval",
+    "mqtt.session.max_inflight": "max_inflight",
+    "mqtt.session.max_subscriptions": "max_subscriptions",
+    "mqtt.session.upgrade_qos": "upgrade_qos",
 }
-"""What EMQ 2 called the keys of later versions, below `mqtt`."""
+"""What EMQ 2 to EMQX 4 called keys that EMQX 5 has below `mqtt`."""
+_ASKED = re.compile(r"emqx?_(?:auth|bridge)_")
 _LOADED = re.compile(r"\{?\s*(emqx?_\w+)\s*(?:,\s*(true|false)\s*\})?\s*\.")
 _LOST = {
     "acl_cache": "rights are read anew every refresh, see [auth.*]",
@@ -65,24 +68,18 @@ def import_emqx4(source: Path) -> Findings:
     for plugin in _plugins(root, found):
         read_flat(plugin, root)
     chain = Chain(found)
-    name = root.take("node.name")
-    broker = found.table("broker")
-    if name is not None:
-        broker.set("name", re.sub(r"[^A-Za-z0-9._-]", "-", name.as_text())[:64], name)
-    broker.set("data", "data", remark="a folder of its own; what EMQX keeps in its own is not read")
-    broker.set("durability", "flush")
+    import_broker(root, found)
     access = found.table("access")
     zone = _main_zone(root)
-    limits(_mqtt(root, zone), found)
+    import_limits(_mqtt(root, zone), found)
     _listeners(root, found, chain)
+    found.close_default()
     import_backends(root, found, chain)
     _access(root, zone, found, chain, access)
     _retainer(root, found.table("limits"))
     import_bridges(root, found)
     chain.finish()
-    for leaf in root.leaves():
-        if not leaf.used:
-            found.lose(leaf, _reason(leaf.key))
+    found.lose_rest(root, _LOST)
     return found
 
 
@@ -98,9 +95,22 @@ def _plugins(root: Node, found: Findings) -> list[Path]:
     places += [found.folder / "loaded_plugins", found.folder.parent / "data" / "loaded_plugins"]
     for place in places:
         if place.is_file():
-            loaded = {match[1] for match in _LOADED.finditer(read_source(place)) if match[2] != "false"}
-            return [file for file in files if file.stem in loaded]
+            return list(_loaded(place, files, found))
     return files
+
+
+def _loaded(place: Path, files: list[Path], found: Findings) -> Iterator[Path]:
+    """Those of the files that this list of plug-ins names, in its order, which is that in which they are asked."""
+    text = read_source(place)
+    for match in _LOADED.finditer(text):
+        if match[2] == "false":
+            continue
+        file = next((file for file in files if file.stem == match[1]), None)
+        if file is not None:
+            yield file
+        elif _ASKED.match(match[1]):
+            where = Place(str(place), text.count("\n", 0, match.start(1)) + 1)
+            found.lose(Node(match[1], where), f"is loaded, but there is no plugins/{match[1]}.conf beside the source")
 
 
 def _main_zone(root: Node) -> Node | None:
@@ -117,8 +127,8 @@ def _mqtt(root: Node, zone: Node | None) -> Node:
     for name, node in root.below("mqtt").items():
         if node.value is not None:
             view.children[name] = node
-    for old, name in _EMQ2.items():
-        before = root.at(f"mqtt.{old}")
+    for old, name in _ELDER.items():
+        before = root.at(old)
         if before is not None and before.value is not None:
             view.children[name] = before
     for name, node in (zone.children if zone is not None else {}).items():
@@ -134,7 +144,7 @@ def _listeners(root: Node, found: Findings, chain: Chain) -> None:
                 raise SourceError(node.place, f"{node.key}: the address of the listener is missing")
             table = import_listener(found, kind, name, node, node, node)
             node.used = True
-            rules = list(node.below("access").values())
+            rules = [rule for _, rule in sorted(node.below("access").items(), key=_by_number)]
             gate = address_rules(found, table, rules) if rules else None
             if gate is not None:
                 chain.gates.append((table, gate))
@@ -142,10 +152,14 @@ def _listeners(root: Node, found: Findings, chain: Chain) -> None:
             _zone(table, node, root, found)
 
 
+def _by_number(item: tuple[str, Node]) -> tuple[int, str]:
+    return len(item[0]), item[0]
+
+
 def _identity(table: Table, node: Node, found: Findings) -> None:
     part = node.take("peer_cert_as_username")
     if part is not None and part.as_text() in ("cn", "dn") and table.values.get("verify") in ("require", "optional"):
-        table.set("username_from", part.as_text(), part)
+        table.set("username_from", part.as_text(), part, BY_CERTIFICATE)
     elif part is not None:
         found.lose(part, "a user name is made of the cn, dn or san of a certificate that was asked for (verify)")
 
@@ -188,9 +202,11 @@ def _flapping(root: Node, zone: Node | None, found: Findings) -> None:
     policy = root.take("flapping_detect_policy")
     switch = zone.take("enable_flapping_detect") if zone is not None else None
     if policy is None:
-        return
+        if switch is None or not switch.as_truth():
+            return
+        policy = Node("flapping_detect_policy", switch.place, "30, 1m, 5m")  # the default
     words = policy.as_texts()
-    if len(words) != 3 or not words[0].isdigit():
+    if len(words) != 3 or not re.fullmatch(r"[0-9]{1,9}", words[0]):
         raise SourceError(policy.place, "flapping_detect_policy is a number and two durations, such as 30, 1m, 5m")
     table = found.table("access", "flapping_detect", origin=policy)
     table.set("enable", switch is not None and switch.as_truth(), switch)
@@ -209,11 +225,3 @@ def _retainer(root: Node, table: Table) -> None:
     kept = root.at("retainer.storage_type")
     if kept is not None and kept.value in ("disc", "disc_only"):
         kept.used = True
-
-
-def _reason(key: str) -> str:
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        if reason := _LOST.get(".".join(parts[:length])):
-            return reason
-    return "is not known here"

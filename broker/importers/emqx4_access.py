@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from broker.importers.backends import LDAP_RIGHTS, set_password, set_pool, set_sql, set_statement, set_tls
+from broker.importers.backends import (
+    LDAP_RIGHTS,
+    NO_CLAIMS,
+    TOKEN,
+    address,
+    addresses,
+    carry,
+    set_password,
+    set_pool,
+    set_sql,
+    set_statement,
+    set_tls,
+)
 from broker.importers.chain import Chain
-from broker.importers.emqx_listeners import locate
+from broker.importers.emqx_listeners import locate, tls_files
 from broker.importers.findings import Findings, Secret, Table
-from broker.importers.servers import is_local, with_port
+from broker.importers.servers import is_local
 from broker.importers.source import Node, SourceError
 
 _PERCENT = {
@@ -21,20 +33,24 @@ _PERCENT = {
     "%d": "${cert_subject}",
 }
 _REVERSED = "EMQ looked at the last row first"
+_ELSEWHERE = "the accounts themselves are not in this file; isthmus user add makes them anew"
 _NONE = "no rights come from here"
 
 
 def import_backends(root: Node, found: Findings, chain: Chain) -> None:
     """`[auth.*]`."""
-    for name, make in _PLUGINS.items():
-        node = root.at(f"auth.{name}")
-        if node is not None and any(leaf.value not in (None, "") for leaf in node.leaves()):
-            table = make(node, found)
+    for name, node in root.below("auth").items():  # in the order in which their files were read
+        if name in ("user", "client") and not found.has("auth", "static"):
+            _static(root, found, chain)
+        elif name in _PLUGINS and any(leaf.value not in (None, "") for leaf in node.leaves()):
+            table = _PLUGINS[name](node, found)
             stored = node.take("password_hash")
             if stored is not None:
                 table.set("password_hash", ",".join(stored.as_texts()), stored)
             chain.add(table, rights=name in ("mysql", "pgsql", "mongo", "redis", "ldap", "jwt"))
-    _static(root, found, chain)
+    others = root.take("auth.mnesia.password_hash")
+    if others is not None:
+        found.lose(others, _ELSEWHERE)
 
 
 def _ssl(node: Node, table: Table, servers: list[str], found: Findings) -> None:
@@ -64,23 +80,17 @@ def _sql(node: Node, found: Findings) -> Table:
 
 def _redis(node: Node, found: Findings) -> Table:
     table = found.instance("auth", "redis", "redis", node)
-    mode, server, master = node.take("type"), node.take("server"), node.take("sentinel")
-    if mode is not None:
-        table.set("mode", mode.as_text(), mode)
-    servers = [with_port(one, 6379) for one in (server.as_texts() if server is not None else ["127.0.0.1"])]
+    carry(table, node, (("type", "mode"), ("sentinel", "master")))
+    server = node.take("server")
+    servers = addresses(server, 6379)
     table.set("servers", servers, server)
-    if master is not None and master.as_text():
-        table.set("master", master.as_text(), master)
     database = node.take("database")
     if database is not None:
         table.set("database", database.as_whole(), database)
     set_password(table, node)
     set_pool(table, node.take("pool"), node.take("query_timeout"))
     _ssl(node, table, servers, found)
-    for key in ("auth_cmd", "super_cmd"):
-        command = node.take(key)
-        if command is not None and command.as_text():
-            table.set(key, command.as_text(), command)
+    carry(table, node, (("auth_cmd", "auth_cmd"), ("super_cmd", "super_cmd")))
     rights = node.take("acl_cmd")
     table.set("acl_cmd", rights.as_text() if rights is not None else "", rights, "" if rights else _NONE)
     return table
@@ -90,24 +100,25 @@ def _mongo(node: Node, found: Findings) -> Table:
     table = found.instance("auth", "mongodb", "mongodb", node)
     server, replica = node.take("server"), node.take("rs_set_name")
     kind = node.text("type")
-    servers = [with_port(one, 27017) for one in (server.as_texts() if server is not None else ["127.0.0.1"])]
+    servers = addresses(server, 27017)
     table.set("servers", servers, server)
     if kind == "rs" and replica is not None:
         table.set("replica_set", replica.as_text(), replica)
     user = node.take("username") or node.take("login")
     if user is not None and user.as_text():
         table.set("username", user.as_text(), user)
+        table.set("auth_source", "mqtt", remark="EMQX's default")
     set_password(table, node)
-    for key in ("database", "auth_source"):
-        setting = node.take(key)
-        if setting is not None and setting.as_text():
-            table.set(key, setting.as_text(), setting)
+    carry(table, node, (("database", "database"), ("auth_source", "auth_source")))
     set_pool(table, node.take("pool"), node.take("query_timeout"))
     _ssl(node, table, servers, found)
-    for path, ours in (("auth_query.collection", "user_collection"), ("super_query.super_field", "superuser_field")):
-        setting = node.take(path)
-        if setting is not None:
-            table.set(ours, setting.as_text(), setting)
+    users, powers = node.take("auth_query.collection"), node.take("super_query.super_field")
+    if users is not None:
+        table.set("user_collection", users.as_text(), users)
+    if not node.truth("super_query", bool(node.below("super_query"))):
+        table.set("superuser_field", "", powers, "super_query is off")
+    elif powers is not None:
+        table.set("superuser_field", powers.as_text(), powers)
     fields = node.take("auth_query.password_field")
     if fields is not None:
         names = fields.as_texts()
@@ -125,6 +136,8 @@ def _mongo(node: Node, found: Findings) -> Table:
         if same is not None and same.value == node.text(path.replace("super", "auth")):
             same.used = True
     collection = node.take("acl_query.collection")
+    if not node.truth("acl_query", True):
+        collection = None
     table.set("acl_collection", collection.as_text() if collection else "", collection, "" if collection else _NONE)
     one, several = node.take("acl_query.selector"), node.below("acl_query.selector")
     filters = [_selector(each) for each in ([one] if one is not None else []) + list(several.values())]
@@ -154,16 +167,13 @@ def _ldap(node: Node, found: Findings) -> Table:
     servers, port = node.take("servers"), node.take("port")
     secure = node.truth("ssl.enable", node.truth("ssl", False))
     number = port.as_whole() if port is not None else 636 if secure else 389
-    hosts = [with_port(one, number) for one in (servers.as_texts() if servers is not None else ["127.0.0.1"])]
+    hosts = addresses(servers, number)
     table.set("servers", [f"{'ldaps' if secure else 'ldap'}://{host}" for host in hosts], servers)
     _ssl(node, table, hosts, found)
     table.values.pop("tls", None)
     if not secure:
         table.set("tls", "none", remark="not encrypted, as with EMQX; starttls ends that")
-    for key, ours in (("bind_dn", "bind_dn"), ("device_dn", "base_dn"), ("user_dn", "base_dn")):
-        setting = node.take(key)
-        if setting is not None and setting.as_text():
-            table.set(ours, setting.as_text(), setting)
+    carry(table, node, (("bind_dn", "bind_dn"), ("device_dn", "base_dn"), ("user_dn", "base_dn")))
     set_password(table, node, "bind_password", "bind_password")
     set_pool(table, node.take("pool"), node.take("timeout"))
     bind = node.take("bind_as_user")
@@ -185,7 +195,7 @@ def _http(node: Node, found: Findings) -> Table:
     url = node.take("auth_req") or node.take("auth_req.url")
     superuser = node.take("super_req") or node.take("super_req.url")
     if url is not None:
-        table.set("url", _placeholders(url.as_text()), url)
+        table.set("url", address(_placeholders(url.as_text())), url)
     method = node.take("auth_req.method")
     table.set("method", method.as_text().upper() if method is not None else "POST", method)
     kind = node.text("auth_req.headers.content_type") or node.text("auth_req.headers.content-type")
@@ -197,7 +207,7 @@ def _http(node: Node, found: Findings) -> Table:
             table.set("password_in_url", True, remark="as with EMQX; proxies and the service may log it")
     table.set("answers", "status")
     if superuser is not None and superuser.as_text():
-        table.set("super_url", _placeholders(superuser.as_text()), superuser)
+        table.set("super_url", address(_placeholders(superuser.as_text())), superuser)
         for key in ("super_req.method", "super_req.params"):
             node.take(key)
     headers = {name: Secret(one.as_text()) for name, one in node.below("header").items() if one.value is not None}
@@ -209,10 +219,10 @@ def _http(node: Node, found: Findings) -> Table:
     text = str(table.values.get("url", ""))
     if text.startswith("http://") and not is_local(text.partition("${")[0]):
         table.set("allow_cleartext", True, remark="not encrypted, as with EMQX")
-    for path, ours in (("ssl.cacertfile", "ca"), ("ssl.certfile", "certificate"), ("ssl.keyfile", "key")):
-        file = node.take(path)
-        if file is not None and file.as_text() and text.startswith("https://"):
-            table.set(ours, locate(found, file.as_text()), file)
+    ssl = node.at("ssl")
+    for ours, path, setting in tls_files(ssl, found) if ssl is not None else ():
+        if text.startswith("https://"):
+            table.set(ours, path, setting)
     return table
 
 
@@ -222,9 +232,9 @@ def _body(params: Node, found: Findings) -> dict[str, str]:
         name, _, value = text.partition("=")
         template = _placeholders(value.strip())
         if "%" in template:
-            found.lose(params, f"{template} is not told to the service")
+            found.lose(params, f"{name.strip()} is not told to the service")
         else:
-            body[name.strip()] = template
+            body[name.strip()] = template if "${" in template else Secret(template)
     return body
 
 
@@ -232,7 +242,7 @@ def _jwt(node: Node, found: Findings) -> Table:
     table = found.instance("auth", "jwt", "jwt", node)
     secret, public, jwks = node.take("secret"), node.take("pubkey"), node.take("jwks")
     if jwks is not None and jwks.as_text():
-        table.set("jwks_url", jwks.as_text(), jwks)
+        table.set("jwks_url", address(jwks.as_text()), jwks)
     elif public is not None and public.as_text():
         table.set("public_key", locate(found, public.as_text()), public)
     elif secret is not None:
@@ -240,19 +250,14 @@ def _jwt(node: Node, found: Findings) -> Table:
     refresh = node.take("jwks.refresh_interval")
     if refresh is not None and jwks is not None:
         table.set("jwks_refresh", refresh.as_text(), refresh)
-    place = node.take("from")
-    if place is not None:
-        table.set("token_in", place.as_text(), place)
+    carry(table, node, TOKEN)
     claims: dict[str, Any] = {}
     checked = node.truth("verify_claims", False)
     for name, one in node.below("verify_claims").items():
         one.used = True
         if checked:
             claims[name] = _placeholders(one.as_text())
-    table.set("claims", claims, remark="" if claims else "none, as with EMQX: a token is good under any user name")
-    claim = node.take("acl_claim_name")
-    if claim is not None:
-        table.set("acl_claim", claim.as_text(), claim)
+    table.set("claims", claims, remark="" if claims else NO_CLAIMS)
     table.set("require_expiry", False, remark="as with EMQX")
     return table
 
@@ -286,5 +291,4 @@ def _static(root: Node, found: Findings, chain: Chain) -> None:
             account.set("password", Secret(password.as_text()), password)
         stored = root.take(f"auth.{room}.password_hash")
         if stored is not None and made is None:
-            found.lose(stored, "the accounts themselves are not in this file; isthmus user add makes them anew")
-    root.take("auth.mnesia.password_hash")
+            found.lose(stored, _ELSEWHERE)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from broker.importers.emqx_bridges import import_remote
-from broker.importers.emqx_listeners import locate
-from broker.importers.findings import Findings, Table
+from broker.importers.emqx_bridges import import_remote, import_tls
+from broker.importers.findings import Findings
 from broker.importers.source import Node, SourceError
 
 _TRUTHS = {"bridge_mode": "try_private"}
@@ -49,26 +48,13 @@ def _bridge(name: str, node: Node, owner: str, found: Findings) -> None:
     start = node.take("start_type")
     if start is not None and start.as_text() == "manual":
         table.set("enabled", False, start, "start_type manual")
-    _tls(node, table, found, secure)
+    import_tls(table, node, node.at("ssl"), found, secure=secure)
     lines = _lines(node, owner)
     if lines:
         table.set("topics", lines)
     else:
-        found.tables.remove(table)
+        found.drop(table)
         found.lose(address, "no topic crosses this bridge: it has neither forwards nor subscription")
-
-
-def _tls(node: Node, table: Table, found: Findings, secure: bool) -> None:
-    tls: dict[str, Any] = {}
-    for key, ours in (("cacertfile", "ca"), ("certfile", "certificate"), ("keyfile", "key")):
-        path = node.take(key)
-        if path is not None and path.as_text():
-            tls[ours] = locate(found, path.as_text())
-    verify = node.take("verify")
-    if verify is None or verify.as_text() not in ("verify_peer", "true"):
-        tls["insecure"] = True
-    if secure:
-        table.set("tls", tls, node.at("ssl"), "no certificate is verified, as with EMQX" if "insecure" in tls else "")
 
 
 def _lines(node: Node, owner: str) -> list[dict[str, Any]]:

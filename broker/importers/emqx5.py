@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,59 +11,24 @@ from broker.importers.emqx5_access import import_access
 from broker.importers.emqx5_bridges import import_bridges
 from broker.importers.emqx5_rules import read_rules
 from broker.importers.emqx5_sinks import import_sinks
-from broker.importers.emqx_listeners import KINDS, address_rules, import_listener
+from broker.importers.emqx_limits import import_broker, import_limits, milliseconds
+from broker.importers.emqx_listeners import BY_CERTIFICATE, KINDS, address_rules, import_listener
 from broker.importers.findings import Findings, Table
 from broker.importers.hocon import read_hocon
 from broker.importers.source import Node
 
-MANY = 100_000_000
+TOMBSTONE = "marked_for_deletion"
+"""What EMQX writes in place of a table that was deleted in its dashboard."""
 
 
-def _milliseconds(node: Node) -> Any:
-    return node.as_duration("ms")
-
-
-def _size(node: Node) -> Any:
-    node.as_size()
-    return node.value
-
-
-MQTT: dict[str, tuple[str, Callable[[Node], Any], Any]] = {
-    "idle_timeout": ("connect_timeout", _milliseconds, "1h"),
-    "max_clientid_len": ("max_clientid_length", Node.as_whole, 65_535),
-    "max_inflight": ("max_inflight", Node.as_whole, 65_535),
-    "max_mqueue_len": ("max_queued_messages", Node.as_whole, MANY),
-    "max_packet_size": ("max_packet_size", _size, 268_435_460),
-    "max_subscriptions": ("max_subscriptions", Node.as_whole, 10_000_000),
-    "max_topic_alias": ("topic_alias_maximum", Node.as_whole, 65_535),
-    "max_topic_levels": ("max_topic_levels", Node.as_whole, 65_535),
-    "session_expiry_interval": ("session_expiry", Node.as_duration, 4_294_967_295),
-    "strict_mode": ("strict", Node.as_truth, True),
+_FLAPPING: dict[str, Callable[[Node], Any]] = {
+    "enable": Node.as_truth,
+    "max_count": Node.as_whole,
+    "window_time": milliseconds,
+    "ban_time": milliseconds,
 }
-"""Keys of `mqtt` and of zones: ours, how they are read, and what `infinity` is."""
-UNLIMITED = ("max_mqueue_len", "max_subscriptions", "max_topic_levels")
-"""Keys for which 0 is infinity."""
-AS_HERE = {
-    "exclusive_subscription": ("false",),
-    "ignore_loop_deliver": ("false",),
-    "max_qos_allowed": ("2",),
-    "mqueue_default_priority": ("lowest", "highest"),
-    "mqueue_priorities": ("disabled", "none"),
-    "mqueue_store_qos0": ("true", "on"),
-    "peer_cert_as_clientid": ("disabled",),
-    "response_information": ("",),
-    "retain_available": ("true",),
-    "retry_interval": ("0", "0s", "infinity"),
-    "server_keepalive": ("disabled", "0"),
-    "shared_subscription": ("true",),
-    "upgrade_qos": ("false", "off"),
-    "use_username_as_clientid": ("false",),
-    "wildcard_subscription": ("true",),
-}
-"""Values of `mqtt` that are how it works here, where there is no key."""
-_STRATEGIES = {"round_robin": "round_robin", "hash_clientid": "hash", "hash": "hash"}
-
 _SECTIONS = {
+    "actions": "this key of the action has no equivalent",
     "alarm": "there are no alarms; isthmus status and the log tell what fails",
     "api_key": "there is no HTTP API; isthmus has a control socket",
     "authentication": "this key of the backend has no equivalent",
@@ -95,6 +59,7 @@ _SECTIONS = {
     "rewrite": "topics are not rewritten",
     "rpc": "there is one node",
     "rule_engine": "only rules of the form SELECT * FROM topics have an equivalent: filters of a sink or bridge",
+    "sources": "this key of the source has no equivalent",
     "slow_subs": "there is no list of slow subscriptions",
     "sys_topics": "there is no $SYS tree; isthmus status --json has the numbers",
     "sysmon": "the system is not watched",
@@ -107,57 +72,36 @@ _SECTIONS = {
 def import_emqx5(source: Path) -> Findings:
     """What is in the file and in those it includes. Raises SourceError."""
     root = read_hocon(source)
+    _bury(root)
     found = Findings(source)
     chain = Chain(found)
-    _broker(root, found)
+    import_broker(root, found)
     found.table("access", origin=root.at("authorization"))
-    limits(root.at("mqtt"), found)
+    import_limits(root.at("mqtt"), found)
     _retainer(root, found.table("limits"), found)
     _flapping(root, found)
     listeners = _listeners(root, found, chain)
+    found.close_default()
     import_access(root, found, chain, listeners)
     _identity(root, found)
     rules = read_rules(root)
     import_bridges(root, found, rules)
     import_sinks(root, found, rules)
+    rules.finish(found)
     chain.finish()
-    for leaf in root.leaves():
-        if not leaf.used:
-            found.lose(leaf, _SECTIONS.get(leaf.key.split(".")[0], "is not known here"))
+    found.lose_rest(root, _SECTIONS)
     return found
 
 
-def _broker(root: Node, found: Findings) -> None:
-    broker = found.table("broker")
-    name = root.take("node.name")
-    if name is not None:
-        broker.set("name", re.sub(r"[^A-Za-z0-9._-]", "-", name.as_text())[:64], name)
-    broker.set("data", "data", remark="a folder of its own; what EMQX keeps in its own is not read")
-    broker.set("durability", "flush")
-
-
-def limits(mqtt: Node | None, found: Findings) -> None:
-    """`[limits]` of the keys that `mqtt` and zones have had in all versions since EMQX 3."""
-    table = found.table("limits")
-    table.set("max_subscriptions", 10_000_000, remark="EMQX sets no limit")
-    table.set("max_clientid_length", 65_535, remark="EMQX's default")
-    for key, (ours, read, infinity) in MQTT.items():
-        node = mqtt.take(key) if mqtt is not None else None
-        if node is None:
-            continue
-        unlimited = node.as_text() == "infinity" or (key in UNLIMITED and node.as_text() == "0")
-        table.remarks.pop(ours, None)
-        table.set(ours, infinity if unlimited else read(node), node)
-    strategy = mqtt.at("shared_subscription_strategy") if mqtt is not None else None
-    if strategy is not None and strategy.value in _STRATEGIES:
-        table.set("shared_strategy", _STRATEGIES[strategy.as_text()], strategy)
-    for key, values in AS_HERE.items():
-        node = mqtt.at(key) if mqtt is not None else None
-        if node is not None and node.value is not None and node.as_text() in values:
-            node.used = True
-    retain = mqtt.at("retain_available") if mqtt is not None else None
-    if retain is not None and not retain.used:
-        table.set("max_retained_messages", 0, retain, "retain_available = false: nothing is retained")
+def _bury(node: Node) -> None:
+    """Take out what is marked as deleted. A listener becomes one that is turned off: EMQX's own is not meant then."""
+    for name, child in list(node.children.items()):
+        if child.value != TOMBSTONE:
+            _bury(child)
+        elif node.key.startswith("listeners."):
+            child.value, child.children = None, {"enable": Node(f"{child.key}.enable", child.place, False)}
+        else:
+            del node.children[name]
 
 
 def _retainer(root: Node, table: Table, found: Findings) -> None:
@@ -181,10 +125,10 @@ def _flapping(root: Node, found: Findings) -> None:
     if node is None:
         return
     table = found.table("access", "flapping_detect", origin=node)
-    for key in ("enable", "max_count", "window_time", "ban_time"):
+    for key in _FLAPPING:
         setting = node.take(key)
-        if setting is not None and setting.value != "disable":
-            table.set(key, setting.as_duration("ms") if key.endswith("_time") else setting.value, setting)
+        if setting is not None and setting.value not in ("disable", "disabled"):
+            table.set(key, _FLAPPING[key](setting), setting)
 
 
 def _listeners(root: Node, found: Findings, chain: Chain) -> list[tuple[Table, Node]]:
@@ -224,4 +168,4 @@ def _identity(root: Node, found: Findings) -> None:
         return
     for table in found.room("listeners"):
         if table.values.get("verify") in ("require", "optional"):
-            table.set("username_from", part.as_text(), part)
+            table.set("username_from", part.as_text(), part, BY_CERTIFICATE)

@@ -41,6 +41,8 @@ def _own_chain(table: Table, node: Node, found: Findings, chain: Chain) -> None:
         table.set("allow_anonymous", False, remark="who asks for names asks everybody")
         chain.own.append(table)
     asked = node.take("enable_authn")
+    if asked is not None and asked.as_text() == "quick_deny_anonymous":
+        table.set("allow_anonymous", False, asked)
     if asked is not None and asked.as_text() == "false":
         table.set("allow_anonymous", True, asked)
         found.lose(asked, "clients that give a user name are still judged; those that give none are let in")

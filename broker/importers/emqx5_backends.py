@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from broker.importers.backends import directory, plain, set_password, set_pool, set_sql, set_statement, set_tls
+from broker.importers.backends import (
+    NO_CLAIMS,
+    TOKEN,
+    address,
+    addresses,
+    carry,
+    directory,
+    plain,
+    set_password,
+    set_pool,
+    set_sql,
+    set_statement,
+    set_tls,
+)
 from broker.importers.emqx_listeners import locate
 from broker.importers.findings import Findings, Secret, Table
-from broker.importers.servers import is_local, with_port
+from broker.importers.servers import is_local
 from broker.importers.source import Node
 
 _METHODS = ("POST", "GET")
+_REDIS = (
+    ("redis_type", "mode"), ("sentinel", "master"), ("username", "username"),
+    ("sentinel_username", "sentinel_username"), ("cmd", "auth_cmd"),
+)  # fmt: skip
 
 
 def _built_in(node: Node, found: Findings) -> Table:
@@ -46,8 +63,8 @@ def _sql(node: Node, found: Findings) -> Table:
 
 def _mongodb(node: Node, found: Findings) -> Table:
     table = found.instance("auth", "mongodb", "mongodb", node)
-    place = node.take("servers") or node.take("server") or node
-    servers = [with_port(one, 27017) for one in (place.as_texts() if place is not node else ["127.0.0.1"])]
+    place = node.take("servers") or node.take("server")
+    servers = addresses(place, 27017)
     table.set("servers", servers, place)
     node.take("mongo_type")
     for key, ours in (
@@ -78,16 +95,10 @@ def _mongodb(node: Node, found: Findings) -> Table:
 
 def _redis(node: Node, found: Findings) -> Table:
     table = found.instance("auth", "redis", "redis", node)
-    mode = node.take("redis_type")
-    if mode is not None:
-        table.set("mode", mode.as_text(), mode)
-    place = node.take("servers") or node.take("server") or node
-    servers = [with_port(one, 6379) for one in (place.as_texts() if place is not node else ["127.0.0.1"])]
+    place = node.take("servers") or node.take("server")
+    servers = addresses(place, 6379)
     table.set("servers", servers, place)
-    for key, ours in (("sentinel", "master"), ("username", "username"), ("sentinel_username", "sentinel_username")):
-        setting = node.take(key)
-        if setting is not None and setting.as_text():
-            table.set(ours, setting.as_text(), setting)
+    carry(table, node, _REDIS)
     database = node.take("database")
     if database is not None:
         table.set("database", database.as_whole(), database)
@@ -95,9 +106,6 @@ def _redis(node: Node, found: Findings) -> Table:
     set_password(table, node, "sentinel_password", "sentinel_password")
     set_pool(table, node.take("pool_size"), None)
     set_tls(table, node.at("ssl"), servers, found, node.truth("ssl.enable", False))
-    command = node.take("cmd")
-    if command is not None:
-        table.set("auth_cmd", command.as_text(), command)
     table.set("acl_cmd", "", remark="no rights come from here")
     return table
 
@@ -105,17 +113,14 @@ def _redis(node: Node, found: Findings) -> Table:
 def _ldap(node: Node, found: Findings) -> Table:
     table = found.instance("auth", "ldap", "ldap", node)
     secure = node.truth("ssl.enable", False)
-    place = node.take("server") or node
-    port = 636 if secure else 389
-    servers = [with_port(one, port) for one in (place.as_texts() if place is not node else ["127.0.0.1"])]
+    place = node.take("server")
+    servers = addresses(place, 636 if secure else 389)
     table.set("servers", [f"{'ldaps' if secure else 'ldap'}://{one}" for one in servers], place)
     set_tls(table, node.at("ssl"), servers, found, secure)
     table.values.pop("tls", None)
     if not secure:
         table.set("tls", "none", remark="not encrypted, as with EMQX; starttls ends that")
-    name = node.take("username")
-    if name is not None:
-        table.set("bind_dn", name.as_text(), name)
+    carry(table, node, (("username", "bind_dn"),))
     set_password(table, node, "password", "bind_password")
     set_pool(table, node.take("pool_size"), node.take("query_timeout"))
     directory(table, node.text("base_dn"), node.text("filter", "(objectClass=mqttUser)"))
@@ -135,11 +140,11 @@ def _ldap(node: Node, found: Findings) -> Table:
 
 def _http(node: Node, found: Findings) -> Table:
     table = found.instance("auth", "http", "http", node)
-    address = node.take("url") or node
+    place = node.take("url") or node
     method = node.take("method")
     verb = method.as_text().upper() if method is not None else "POST"
-    if address is not node:
-        table.set("url", address.as_text(), address)
+    if place is not node:
+        table.set("url", address(place.as_text()), place)
     table.set("method", verb if verb in _METHODS else "POST", method)
     headers = node.at("headers")
     body = node.at("body")
@@ -153,7 +158,8 @@ def _http(node: Node, found: Findings) -> Table:
             table.set("headers", own, headers)
     table.set("format", "form" if "urlencoded" in kind else "json")
     if body is not None and body.children:
-        table.set("body", {name: child.as_text() for name, child in body.children.items()}, body)
+        texts = {name: child.as_text() for name, child in body.children.items()}
+        table.set("body", {name: one if "${" in one else Secret(one) for name, one in texts.items()}, body)
         body.use()
         if verb == "GET" and any("${password}" in one for one in table.values["body"].values()):
             table.set("password_in_url", True, remark="as with EMQX; proxies and the service may log it")
@@ -177,7 +183,7 @@ def _jwt(node: Node, found: Findings) -> Table:
     if public is not None:
         table.set("public_key", locate(found, public.as_text()), public)
     if jwks is not None:
-        table.set("jwks_url", jwks.as_text(), jwks)
+        table.set("jwks_url", address(jwks.as_text()), jwks)
         set_tls(table, node.at("ssl"), [], found, node.truth("ssl.enable", False))
         table.values.pop("tls", None)
         if jwks.as_text().startswith("http://") and not is_local(jwks.as_text()):
@@ -186,9 +192,7 @@ def _jwt(node: Node, found: Findings) -> Table:
         if refresh is not None:
             seconds = f"{refresh.value}s" if isinstance(refresh.value, int) else refresh.as_text()
             table.set("jwks_refresh", seconds, refresh)
-    place = node.take("from")
-    if place is not None:
-        table.set("token_in", place.as_text(), place)
+    carry(table, node, TOKEN)
     claims = node.at("verify_claims")
     wanted = {}
     for one in claims.items if claims is not None else []:
@@ -197,10 +201,7 @@ def _jwt(node: Node, found: Findings) -> Table:
         wanted[name] = child.as_text()
     if claims is not None:
         claims.use()
-    table.set("claims", wanted, claims, "" if wanted else "none, as with EMQX: a token is good under any user name")
-    claim = node.take("acl_claim_name")
-    if claim is not None:
-        table.set("acl_claim", claim.as_text(), claim)
+    table.set("claims", wanted, claims, "" if wanted else NO_CLAIMS)
     table.set("require_expiry", False, remark="as with EMQX")
     kick = node.at("disconnect_after_expire")
     if kick is not None and kick.value is True:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from broker.importers.emqx5_rules import NO_TOPIC, Rules
-from broker.importers.emqx_bridges import import_remote
-from broker.importers.emqx_listeners import locate
+from broker.importers.emqx5_rules import NO_TOPIC, OWN_FLAGS, UNCHANGED, Rules
+from broker.importers.emqx_bridges import import_remote, import_tls
 from broker.importers.findings import Findings, Table
 from broker.importers.source import Node
 
@@ -38,10 +37,15 @@ def _old_bridge(name: str, node: Node, found: Findings, rules: Rules) -> None:
         rules.carried(key)
     if into is not None:
         target = into.text("local.topic") or rules.into.get(key, "")
-        lines += _in(into.at("remote") or into, target, into, found)
-        local_end = into.at("local")
-        if local_end is not None:
-            local_end.use()
+        local_end = into.at("local") or Node("", into.place)
+        payload = local_end.take("payload")
+        if payload is not None and payload.as_text() not in ("", "${payload}"):
+            found.lose(payload, _NOT_DIRECT)
+        else:
+            lines += _in(into.at("remote") or into, target, into, found)
+        for one in (local_end.take("qos"), local_end.take("retain")):
+            if one is not None and one.value not in UNCHANGED:
+                found.lose(one, OWN_FLAGS)
         rules.carried(key)
     _finish(table, lines, found)
 
@@ -89,22 +93,9 @@ def _connection(table: Table, node: Node, found: Findings) -> None:
     window = node.take("max_inflight")
     if window is not None and window.as_text() != "infinity":
         table.set("receive_maximum", window.as_whole(), window)
-    _bridge_tls(table, node.at("ssl"), found, secure)
-
-
-def _bridge_tls(table: Table, ssl: Node | None, found: Findings, secure: bool) -> None:
-    if ssl is None:
-        return
-    tls: dict[str, Any] = {}
-    for key, ours in (("cacertfile", "ca"), ("certfile", "certificate"), ("keyfile", "key")):
-        path = ssl.take(key)
-        if path is not None and path.as_text():
-            tls[ours] = locate(found, path.as_text())
-    verify = ssl.take("verify")
-    if verify is None or verify.as_text() == "verify_none":
-        tls["insecure"] = True
-    if secure:
-        table.set("tls", tls, ssl, "no certificate is verified, as with EMQX" if "insecure" in tls else "")
+    ssl = node.at("ssl")
+    if ssl is not None:
+        import_tls(table, ssl, ssl, found, secure=secure)
 
 
 def _out(table: Table, remote: Node, filters: list[str], place: Node, found: Findings) -> list[dict[str, Any]]:
@@ -161,4 +152,4 @@ def _finish(table: Table, lines: list[dict[str, Any]], found: Findings) -> None:
     if lines:
         table.set("topics", lines)
     else:
-        found.tables.remove(table)
+        found.drop(table)

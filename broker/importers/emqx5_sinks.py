@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from broker.importers.backends import set_sql
+from broker.importers.backends import address, set_sql
 from broker.importers.emqx5_rules import NO_TOPIC, Rules
-from broker.importers.emqx_listeners import locate
+from broker.importers.emqx_listeners import tls_files
 from broker.importers.findings import Findings, Secret, Table
 from broker.importers.servers import is_local, with_port
 from broker.importers.source import Node
@@ -23,6 +23,7 @@ _SINKS = {
     "pgsql": "postgresql",
 }  # fmt: skip
 _NOT_DIRECT = "this template has no equivalent"
+_ENVELOPE = "A whole message is sent as JSON, with other names of fields than EMQX has: see ${.} in REFERENCE.md."
 
 
 def import_sinks(root: Node, found: Findings, rules: Rules) -> None:
@@ -47,14 +48,14 @@ def _sink(
         return
     table = found.instance("sinks", name, kind, node)
     table.set("kind", kind)
-    if not node.truth("enable", True):
-        table.set("enabled", False, node.at("enable"))
-    connector.truth("enable", True)
+    for one in (node, connector):
+        if not one.truth("enable", True):
+            table.set("enabled", False, one.at("enable"))
     table.set("filters", list(dict.fromkeys(filters)))
     fill = {"http": _http, "kafka": _kafka, "mysql": _sql, "postgresql": _sql}[kind]
     hindrance = fill(table, connector, inner, found)
     if hindrance is not None:
-        found.tables.remove(table)
+        found.drop(table)
         found.lose(hindrance, _NOT_DIRECT)
         return
     table.notes.append("EMQX told publishers that a message was taken before it was there; here it is on disk by then.")
@@ -63,22 +64,23 @@ def _sink(
 
 def _template(text: str) -> str | None:
     """In our names; None when EMQX knows something here that we do not."""
-    for name in _NAME.findall(text):
-        ours = _NAMES.get(name, name)
-        if ours.split(".")[0] not in _KNOWN and ours != ".":
-            return None
-    return _NAME.sub(lambda match: f"${{{_NAMES.get(match[1], match[1])}}}", text)
+    names = {name: _ours(name) for name in _NAME.findall(text)}
+    if any(ours != "." and ours.split(".")[0] not in _KNOWN for ours in names.values()):
+        return None
+    return _NAME.sub(lambda match: f"${{{names[match[1]]}}}", text)
+
+
+def _ours(name: str) -> str:
+    """``${.clientid}`` is ``${clientid}``, and ``${.}`` the whole message."""
+    plain = name.removeprefix(".") or "."
+    return _NAMES.get(plain, plain)
 
 
 def _ssl(table: Table, connector: Node, found: Findings, inline: bool) -> bool:
     """TLS of a destination; whether there is any."""
     on = connector.truth("ssl.enable", False)
     ssl = connector.at("ssl")
-    files: dict[str, Any] = {}
-    for key, ours in (("cacertfile", "ca"), ("certfile", "certificate"), ("keyfile", "key")):
-        path = ssl.take(key) if ssl is not None else None
-        if on and path is not None and path.as_text():
-            files[ours] = locate(found, path.as_text())
+    files: dict[str, Any] = {ours: path for ours, path, _ in tls_files(ssl, found)} if ssl is not None else {}
     verify = ssl.take("verify") if ssl is not None else None
     if on and verify is not None and verify.as_text() == "verify_none":
         if inline:
@@ -98,7 +100,7 @@ def _http(table: Table, connector: Node, inner: Node, found: Findings) -> Node |
     target = _template(text)
     if target is None or url is None:
         return path or url or inner
-    table.set("url", target, url)
+    table.set("url", address(target), url)
     method = inner.take("method")
     if method is not None:
         table.set("method", method.as_text().upper(), method)
@@ -118,6 +120,8 @@ def _http(table: Table, connector: Node, inner: Node, found: Findings) -> Node |
         if template is None:
             return body
         table.set("body", template, body)
+    elif "body" not in table.values:
+        table.notes.append(_ENVELOPE)
     secure = _ssl(table, connector, found, False)
     if target.startswith("http://") and not is_local(target.partition("${")[0]) and not secure:
         table.set("allow_cleartext", True, remark="not encrypted, as with EMQX")
@@ -136,8 +140,11 @@ def _kafka(table: Table, connector: Node, inner: Node, found: Findings) -> Node 
             if template is None:
                 return setting
             table.set(ours, template, setting)
+    if "value" not in table.values:
+        table.set("value", "${.}", remark="EMQX's default")
+        table.notes.append(_ENVELOPE)
     stamp = inner.at("message.timestamp")
-    if stamp is not None and stamp.value == "${timestamp}":
+    if stamp is not None and stamp.value in ("${timestamp}", "${.timestamp}"):
         stamp.used = True
     compression = inner.take("compression")
     if compression is not None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 
 from broker.importers.findings import Findings, Table
 from broker.importers.servers import is_local
 from broker.importers.source import Node, SourceError
 
+Network = IPv4Network | IPv6Network
+
 KINDS = {"tcp": "tcp", "ssl": "tls", "ws": "ws", "wss": "wss"}
 _USUAL = {"tcp": "*:1883", "ssl": "*:8883", "ws": "*:8083", "wss": "*:8084"}
-_RATE = re.compile(r"(\d+)\s*/\s*(\d*)\s*(ms|s|m|h|d)")
+_RATE = re.compile(r"([0-9]{1,9})\s*/\s*([1-9][0-9]{0,8})?\s*(ms|s|m|h|d)")
 _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _HOLDS = {
     "mountpoint": "there are no mount points: its clients would see the topics of all others",
     "proxy_protocol": "the PROXY protocol is not understood, and its first line is no MQTT",
 }
+BY_CERTIFICATE = "a certificate is enough here; EMQX asked for the password of its user too"
 _ENCRYPTED = "the private key is encrypted, and there is no place for its password; write it without one"
 
 
@@ -32,6 +37,14 @@ def locate(found: Findings, text: str) -> str:
     if path.parts[:1] == ("etc",):  # EMQX starts at its own root; the source may have been taken out of its etc/
         places.append(folder / Path(*path.parts[1:]))
     return str(next((place for place in places if place.exists()), places[-1]))
+
+
+def tls_files(ssl: Node, found: Findings) -> Iterator[tuple[str, str, Node]]:
+    """What we call each file of TLS that is named there, its path, and the setting."""
+    for key, ours in (("cacertfile", "ca"), ("certfile", "certificate"), ("keyfile", "key")):
+        setting = ssl.take(key)
+        if setting is not None and setting.as_text():
+            yield ours, locate(found, setting.as_text()), setting
 
 
 def import_listener(found: Findings, kind: str, name: str, node: Node, tls: Node, web: Node) -> Table:
@@ -67,8 +80,8 @@ def import_listener(found: Findings, kind: str, name: str, node: Node, tls: Node
 def address_rules(found: Findings, table: Table, rules: list[Node]) -> str | None:
     """The name of an [auth.*] that lets clients come from where EMQX's rules of this listener let them; None when that
     is everywhere."""
-    allowed: list[str] = []
-    denied: list[str] = []
+    allowed: list[Network] = []
+    denied: list[Network] = []
     closed = False
     for node in rules:
         node.used = True
@@ -79,7 +92,15 @@ def address_rules(found: Findings, table: Table, rules: list[Node]) -> str | Non
             if network.strip() == "all":
                 closed = word == "deny"
                 break
-            (allowed if word == "allow" else denied).append(network.strip())
+            try:
+                one = ip_network(network.strip(), strict=False)
+            except ValueError:
+                found.hold(table, node, "a rule about addresses names no network")
+                return None
+            if word == "allow":
+                allowed.append(one)
+            else:
+                denied += _without(one, allowed)  # the first rule that applies decides
     if not closed:
         allowed = []  # who is in no rule may come
     if not closed and not denied:
@@ -90,10 +111,30 @@ def address_rules(found: Findings, table: Table, rules: list[Node]) -> str | Non
     auth = found.instance("auth", f"{table.name}-addresses", "address", rules[0])
     auth.notes.append(f"From where clients may come to listeners.{table.name}.")
     if closed:
-        auth.set("allow", allowed, rules[0])
+        auth.set("allow", list(map(str, allowed)), rules[0])
     if denied:
-        auth.set("deny", denied, rules[0])
+        auth.set("deny", list(map(str, denied)), rules[0])
     return auth.name
+
+
+def _without(network: Network, others: list[Network]) -> list[Network]:
+    """What is left of a network without others."""
+    left = [network]
+    for other in others:
+        left = [part for one in left for part in _minus(one, other)]
+    return left
+
+
+def _minus(one: Network, other: Network) -> list[Network]:
+    if isinstance(one, IPv4Network) and isinstance(other, IPv4Network):
+        if one.subnet_of(other):
+            return []
+        return list(one.address_exclude(other)) if other.subnet_of(one) else [one]
+    if isinstance(one, IPv6Network) and isinstance(other, IPv6Network):
+        if one.subnet_of(other):
+            return []
+        return list(one.address_exclude(other)) if other.subnet_of(one) else [one]
+    return [one]
 
 
 def _bind(node: Node) -> str:

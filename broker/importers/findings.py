@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from broker.config.problems import line
-from broker.importers.source import Node, Place
+from broker.importers.source import Node, Place, SourceError
 
 ROOMS = ("listeners", "auth", "sinks", "bridges")
+MAX_INSTANCES = 1_000
+"""Listeners, backends, sinks and bridges together; more is certainly not a configuration."""
+UNKNOWN = "is not known here"
 _PROBLEM = re.compile(r"(?:\S+: )?(?P<key>[a-z]+\.[A-Za-z0-9_.-]+)\S*: (?P<text>.*)")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+_LOGIN = re.compile(r"[^\s'\"/\[]*:[^\s'\"]*@")
 
 
 class Secret(str):
     """A value nobody else may read: its fragment is written for its owner alone."""
 
     __slots__ = ()
+
+
+def secrets(value: Any) -> Iterator[str]:
+    """What nobody else may read in a value: secrets, and addresses with a password before the host's name."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from secrets(one)
+    elif isinstance(value, Secret):
+        yield from [str(value)] if value else []
+    elif isinstance(value, str):
+        yield from (match[0] for match in _LOGIN.finditer(value.partition("://")[2] or value))
 
 
 @dataclass(slots=True)
@@ -60,6 +79,7 @@ class Findings:
         self.lost: list[tuple[Place, str, str]] = []
         self.rights: set[str] = set()
         """Names of the `[auth.*]` tables that hold rights: without them less would be denied."""
+        self._by_path: dict[tuple[str, ...], Table] = {}
         self._start = Node(source.name, Place(str(source), 1))
 
     @property
@@ -69,15 +89,20 @@ class Findings:
 
     def table(self, *path: str, origin: Node | None = None) -> Table:
         """The table of this path, made when it is not there."""
-        for table in self.tables:
-            if table.path == path:
-                return table
-        table = Table(path, origin or self._start)
-        self.tables.append(table)
-        return table
+        if path not in self._by_path:
+            self._by_path[path] = Table(path, origin or self._start)
+            self.tables.append(self._by_path[path])
+        return self._by_path[path]
+
+    def drop(self, table: Table) -> None:
+        """Do without a table after all."""
+        self.tables.remove(table)
+        del self._by_path[table.path]
 
     def instance(self, room: str, name: str, kind: str, origin: Node) -> Table:
-        """A new `[room.NAME]`, under another name when this one is taken."""
+        """A new `[room.NAME]`, under another name when this one is taken. SourceError when there are too many."""
+        if sum(len(one.path) == 2 for one in self.tables) >= MAX_INSTANCES:
+            raise SourceError(origin.place, f"more than {MAX_INSTANCES} listeners, backends, sinks and bridges")
         name = _UNSAFE.sub("-", name).strip("-_")[:48] or kind
         taken = {table.name for table in self.room(room)}
         if room in ("sinks", "bridges"):  # their queues must not be one
@@ -92,10 +117,32 @@ class Findings:
         """The instances of a room."""
         return [table for table in self.tables if len(table.path) == 2 and table.path[0] == room]
 
+    def has(self, *path: str) -> bool:
+        """Whether there is a table of this path."""
+        return path in self._by_path
+
+    def close_default(self) -> None:
+        """Where no listener is made, say so: without any table of them one would be opened."""
+        if not self.room("listeners"):
+            table = self.table("listeners", "tcp")
+            table.notes.append(
+                "The source opens no listener that there is here; without this table there would be one."
+            )
+            table.set("bind", "127.0.0.1:1883")
+            table.set("enabled", False)
+
     def lose(self, what: Node, reason: str, key: str = "") -> None:
         """Say that a setting has no equivalent."""
         what.used = True
         self.lost.append((what.place, key or what.key, reason))
+
+    def lose_rest(self, root: Node, reasons: Mapping[str, str]) -> None:
+        """Say so of all that nobody used; `reasons` by the longest part of its name that is there."""
+        for leaf in root.leaves():
+            if not leaf.used:
+                parts = leaf.key.split(".")
+                names = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+                self.lose(leaf, next((reasons[name] for name in names if name in reasons), UNKNOWN))
 
     def hold(self, table: Table, what: Node, reason: str) -> None:
         """Say so of a setting without which the whole table would do something else: it is written turned off."""
@@ -122,6 +169,8 @@ class Findings:
             for table in self.room(parts[0]):
                 if table.name == parts[1] and table.values.get("enabled") is not False:
                     key = parts[2] if len(parts) > 2 else ""
+                    for secret in secrets(table.values):
+                        text = text.replace(secret, "…")
                     self.hold(table, table.origins.get(key, table.origin), f"{key}: {text}" if key else text)
                     return True
             return False

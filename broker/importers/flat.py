@@ -27,7 +27,7 @@ def read_flat(path: Path, into: Node | None = None, depth: int = 0) -> Node:
         if include and "=" not in text:
             if depth == MAX_INCLUDES:
                 raise SourceError(place, "included too deeply")
-            for one in sorted(path.parent.glob(include["path"].strip("\"'"))):
+            for one in _included(path.parent, include["path"].strip("\"'"), place):
                 read_flat(one, root, depth + 1)
             continue
         match = _SETTING.fullmatch(text)
@@ -41,6 +41,16 @@ def read_flat(path: Path, into: Node | None = None, depth: int = 0) -> Node:
         node.place = place
         node.value = _value(match[2])
     return root
+
+
+def _included(folder: Path, pattern: str, place: Place) -> list[Path]:
+    """The files that are meant; there may be none for a pattern with * or ?."""
+    wanted = folder / pattern
+    if not pattern or "**" in pattern:
+        raise SourceError(place, "include: the name of a file is expected, * and ? in its last part")
+    if not any(mark in wanted.name for mark in "*?["):
+        return [wanted]
+    return sorted(wanted.parent.glob(wanted.name))
 
 
 def _value(text: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.config.problems import ConfigError
-from broker.importers.findings import Findings, Secret, Table
+from broker.importers.findings import Findings, Table, secrets
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _REFERENCE = re.compile(r"\$\{(?=env:|file:)")
@@ -61,7 +61,7 @@ def render(found: Findings) -> dict[str, Fragment]:
             fragments.setdefault(_file_of(table, found), Fragment()).tables.append(table)
     for fragment in fragments.values():
         head = f"# Imported from {found.source}. Read it before you trust it: the comments say what differs."
-        fragment.secret = any(_is_secret(table.values) for table in fragment.tables)
+        fragment.secret = any(any(secrets(table.values)) for table in fragment.tables)
         if fragment.secret:
             head += "\n# It holds secrets: only its owner may read it."
         fragment.text = "\n\n".join([head, *map(_table, fragment.tables)]) + "\n"
@@ -152,11 +152,3 @@ def _value(value: Any) -> str:
 def _text(text: str) -> str:
     """A TOML string; JSON's escapes are TOML's, but for the character DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _is_secret(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_is_secret, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_is_secret, value))
-    return isinstance(value, Secret)

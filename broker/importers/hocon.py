@@ -12,6 +12,8 @@ from typing import Any
 from broker.importers.source import Node, Place, SourceError, read_source
 
 MAX_DEPTH = 32
+MAX_DIGITS = 32
+"""Characters of a number; what is longer stays a text."""
 
 _GAP = re.compile(r"[ \t\r]+|(?:#|//)[^\n]*")
 _SPACE = re.compile(r"[\s,]+|(?:#|//)[^\n]*")
@@ -19,7 +21,7 @@ _STRING = re.compile(r'"((?:[^"\\\n]|\\.)*)"')
 _KEY = re.compile(r"[^\s\"{}\[\]:=,+#.$]+")
 _WORD = re.compile(r"(?:(?!\s//)[^\n\"{}\[\],#$])+")
 _REFERENCE = re.compile(r"\$\{(\??)([^}\n]+)\}")
-_INCLUDE = re.compile(r'include\s+(?:required\s*\(\s*)?(?:file\s*\(\s*)?"([^"\n]+)"[ \t)]*')
+_INCLUDE = re.compile(r'include\s+(required\s*\(\s*)?(?:file\s*\(\s*)?"([^"\n]+)"[ \t)]*')
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -74,7 +76,7 @@ class _Parser:
             include = _INCLUDE.match(self.text, self.at)
             if include:
                 self.move(include.end())
-                self.include(include[1], into)
+                self.include(include[2], into, bool(include[1]))
             else:
                 self.setting(into)
 
@@ -82,6 +84,7 @@ class _Parser:
         place = self.place()
         node = into
         while True:
+            plain = not self.peek('"')  # who forgot the sign between name and value may have written a secret
             node = node.child(self.key(), place)
             if not self.peek("."):
                 break
@@ -93,7 +96,7 @@ class _Parser:
         elif self.peek("=") or self.peek(":"):
             self.at += 1
         elif not self.peek("{"):
-            raise self.error(f"{node.key}: expected = or {{ after the key")
+            raise self.error(f"{f'{node.key}: ' if plain else ''}expected = or {{ after the key")
         self.skip(_SPACE if self.text[self.at - 1] in "=:" else _GAP)
         if added:
             self.append(node, place)
@@ -103,11 +106,14 @@ class _Parser:
 
     def append(self, node: Node, place: Place) -> None:
         """One more element of a list: ``key += value``."""
+        if isinstance(node.value, _Reference):
+            raise self.error(f"{node.key}: adding to a reference is not understood here; write the list out")
         before = node.value if isinstance(node.value, list) else []
         element = Node(f"{node.key}.{len(before) + len(node.items) + 1}", place)
         self.value(element)
         if element.value is not None:
-            node.value = [*before, element.value]
+            before.append(element.value)
+            node.value = before
         else:
             node.items.append(element)
 
@@ -115,7 +121,7 @@ class _Parser:
         string = _STRING.match(self.text, self.at)
         if string:
             self.move(string.end())
-            return _unescape(string[1])
+            return self.unescape(string[1])
         word = _KEY.match(self.text, self.at)
         if word is None:
             found = self.text[self.at : self.at + 1]
@@ -139,7 +145,7 @@ class _Parser:
                 parts.append(self.long_string())
             elif string := _STRING.match(self.text, self.at):
                 self.move(string.end())
-                parts.append(_unescape(string[1]))
+                parts.append(self.unescape(string[1]))
             elif reference := _REFERENCE.match(self.text, self.at):
                 self.move(reference.end())
                 parts.append(_Reference(reference[2].strip(), bool(reference[1])))
@@ -200,6 +206,16 @@ class _Parser:
         node.value = values if values or not items else None
         self.depth -= 1
 
+    def unescape(self, text: str) -> str:
+        """What is meant by the text between quotes."""
+        try:
+            found = _ESCAPE.sub(_unescaped, text).encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError:
+            raise self.error("a text holds half a character") from None
+        if "\0" in found:
+            raise self.error("a text holds a NUL character")
+        return found
+
     def long_string(self) -> str:
         end = self.text.find('"""', self.at + 3)
         if end < 0:
@@ -210,11 +226,11 @@ class _Parser:
         self.move(end + 3)
         return found.removeprefix("~\n").removesuffix("~")
 
-    def include(self, name: str, into: Node) -> None:
+    def include(self, name: str, into: Node, required: bool) -> None:
         path = self.path.parent / name
         if self.depth > MAX_DEPTH:
             raise self.error("included too deeply")
-        if path.exists():
+        if required or path.exists():
             inner = _Parser(path, into, self.depth + 1)
             inner.file()
 
@@ -249,16 +265,13 @@ def _scalar(text: str) -> object:
         return text == "true"
     if text == "null":
         return None
-    if match := _NUMBER.fullmatch(text):
+    if (match := _NUMBER.fullmatch(text)) and len(text) < MAX_DIGITS:
         return float(text) if match[1] else int(text)
     return text
 
 
-def _unescape(text: str) -> str:
-    def one(match: re.Match[str]) -> str:
-        return chr(int(match[1][1:], 16)) if len(match[1]) > 1 else _ESCAPES.get(match[1], match[1])
-
-    return _ESCAPE.sub(one, text)
+def _unescaped(match: re.Match[str]) -> str:
+    return chr(int(match[1][1:], 16)) if len(match[1]) > 1 else _ESCAPES.get(match[1], match[1])
 
 
 def _resolve(root: Node, node: Node) -> None:

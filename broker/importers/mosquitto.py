@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from broker.config.types import format_duration
-from broker.importers.findings import Findings, Table
+from broker.importers.findings import UNKNOWN, Findings, Table
 from broker.importers.mosquitto_bridges import import_bridge
-from broker.importers.mosquitto_file import Block, Mosquitto, read_mosquitto
+from broker.importers.mosquitto_file import OPTIONS, REPEATED, Block, Mosquitto, read_mosquitto
 from broker.importers.mosquitto_listeners import import_listeners
 from broker.importers.source import Node, SourceError
 
@@ -20,9 +20,6 @@ ROOM_FOR_TOPIC = 8_192
 
 _LOGS = "logs go to standard error, see --log-level and --log-format; the service manager keeps them"
 _LOST = {
-    "allow_duplicate_messages": "a client gets a message once for each of its subscriptions that covers it",
-    "allow_zero_length_clientid": "MQTT 3.1.1 and 5 let a client leave its id to the broker; there is no switch",
-    "auth_plugin_deny_special_chars": "names with + # / are never put into rules with placeholders",
     "auto_id_prefix": "ids given by the broker have no prefix to choose",
     "autosave_interval": "nothing waits for an interval: what is acknowledged is on disk (broker.durability)",
     "autosave_on_changes": "nothing waits for an interval: what is acknowledged is on disk (broker.durability)",
@@ -32,6 +29,7 @@ _LOST = {
     "global_max_clients": "there is max_connections for each listener, and access.quota",
     "global_max_connections": "there is max_connections for each listener, and access.quota",
     "http_dir": "files are not served",
+    "include_dir": "mosquitto includes from its main file alone",
     "log_dest": _LOGS,
     "log_facility": _LOGS,
     "log_timestamp": _LOGS,
@@ -55,9 +53,19 @@ _LOST = {
 }
 _PLUGINS = ("plugin", "auth_plugin", "global_plugin", "plugin_load", "plugin_use")
 _PLUGIN = "plug-ins of mosquitto are not run; what they do may be one of [auth.*], see REFERENCE.md"
-_AS_HERE = {"set_tcp_nodelay": "true", "queue_qos0_messages": "true", "upgrade_outgoing_qos": "false"}
+_AS_HERE = {
+    "allow_duplicate_messages": "true",
+    "allow_zero_length_clientid": "true",
+    "auth_plugin_deny_special_chars": "true",
+    "queue_qos0_messages": "true",
+    "set_tcp_nodelay": "true",
+    "upgrade_outgoing_qos": "false",
+}
 """Settings that have no key here, but one value that is how it works here."""
 _UNLIKE = {
+    "allow_duplicate_messages": "a client gets a message once for each of its subscriptions that covers it",
+    "allow_zero_length_clientid": "MQTT 3.1.1 and 5 let a client leave its id to the broker; there is no switch",
+    "auth_plugin_deny_special_chars": "names with + # / are never put into rules with placeholders",
     "set_tcp_nodelay": "small packets are never held back here",
     "queue_qos0_messages": "QoS 0 waits for a client that is away as QoS 1 does, and is the first to go",
     "upgrade_outgoing_qos": "a message is never sent at a higher QoS than it was published with",
@@ -122,11 +130,13 @@ def _limits(conf: Mosquitto, limits: Table) -> None:
 
 def _packet_size(general: Block, limits: Table) -> None:
     packet, payload = general.get("max_packet_size"), general.get("message_size_limit")
-    if packet is not None and packet.as_whole():
-        limits.set("max_packet_size", packet.as_whole(), packet)
-    elif payload is not None and payload.as_whole():
+    whole = packet.as_whole() if packet is not None else 0
+    part = min(payload.as_whole() + ROOM_FOR_TOPIC, 268_435_460) if payload is not None and payload.as_whole() else 0
+    if whole and (not part or whole <= part):
+        limits.set("max_packet_size", whole, packet, "less than message_size_limit allows" if part else "")
+    elif part:
         remark = "message_size_limit, which is of the payload, and 8 KB for the rest of the packet"
-        limits.set("max_packet_size", min(payload.as_whole() + ROOM_FOR_TOPIC, 268_435_460), payload, remark)
+        limits.set("max_packet_size", part, payload, remark)
     elif packet is not None or payload is not None:
         limits.set("max_packet_size", 268_435_460, packet or payload, "no limit but MQTT's own")
     else:
@@ -140,7 +150,7 @@ def _session_expiry(general: Block, limits: Table) -> None:
         limits.set("session_expiry", NEVER, remark=remark)
         return
     match = re.fullmatch(r"(\d{1,9})([hdwmy])", expiry.as_text())
-    if match is None:
+    if match is None or not int(match[1]):
         raise SourceError(expiry.place, "persistent_client_expiration is a number with h, d, w, m or y, such as 14d")
     hours = int(match[1]) * {"h": 1, "d": 24, "w": 168, "m": 720, "y": 8_760}[match[2]]
     limits.set("session_expiry", format_duration(min(hours * 3_600, NEVER)), expiry)
@@ -151,8 +161,14 @@ def _remains(conf: Mosquitto, found: Findings) -> None:
     for block in conf.blocks():
         for key, settings in block.settings.items():
             for setting in settings:
-                if not setting.used:
+                if setting.used:
+                    continue
+                if block is conf.default and key not in _LOST:
+                    found.lose(setting, "stands before any listener line and opens none")
+                elif key in REPEATED or setting is settings[-1]:
                     _lose(found, key, setting)
+                else:
+                    found.lose(setting, f"it is written again in {settings[-1].place}, which counts")
     saved = conf.general.get("persistence")
     if saved is not None and not saved.as_truth():
         found.lose(saved, "what must survive a restart always does (see broker.durability)")
@@ -166,7 +182,7 @@ def _lose(found: Findings, key: str, setting: Node) -> None:
         setting.used = True
     elif key in ("plugin", "auth_plugin") and "go-auth" in setting.as_text():
         setting.used = True  # its backends are [auth.*] here
-    elif key in _PLUGINS or key.startswith(("auth_opt_", "plugin_opt_")):
+    elif key in _PLUGINS or key.startswith(OPTIONS):
         found.lose(setting, _PLUGIN)
     else:
-        found.lose(setting, _LOST.get(key, "is not known here"))
+        found.lose(setting, _LOST.get(key, UNKNOWN))

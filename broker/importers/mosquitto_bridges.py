@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from broker.importers.findings import Findings, Secret, Table
@@ -26,6 +27,8 @@ _NUMBERS = {
 }
 _SECURE = ("bridge_cafile", "bridge_capath", "bridge_identity", "bridge_tls_use_os_certs")
 """Settings that make mosquitto speak TLS."""
+_NOT_SECURE = "mosquitto speaks TLS only where bridge_cafile, bridge_capath or bridge_identity says so"
+_NAME = "the name in the certificate is verified too; tls.insecure = true would take any certificate from anybody"
 _LOST = {
     "bridge_alpn": "no protocol name is offered in the hand-shake",
     "bridge_capath": "a folder of authorities cannot be named; tls.ca is one file",
@@ -52,9 +55,9 @@ def import_bridge(block: Block, found: Findings) -> None:
     """`[bridges.NAME]`."""
     table = found.instance("bridges", block.head.as_text(), "mqtt", block.head)
     table.set("kind", "mqtt")
-    _servers(block, table)
+    secure = _servers(block, table)
     _identity(block, table)
-    _tls(block, table, found)
+    _tls(block, table, found, secure)
     for key, ours in _SWITCHES.items():
         setting = block.get(key)
         if setting is not None:
@@ -75,7 +78,8 @@ def import_bridge(block: Block, found: Findings) -> None:
             found.lose(setting, reason)
 
 
-def _servers(block: Block, table: Table) -> None:
+def _servers(block: Block, table: Table) -> bool:
+    """`servers`; whether TLS is spoken with them."""
     addresses = block.first("address", "addresses")
     if addresses is None:
         raise SourceError(block.head.place, "connection: there is no address")
@@ -85,6 +89,7 @@ def _servers(block: Block, table: Table) -> None:
     table.set("servers", servers, addresses)
     if not secure and block.first("remote_password", "password") and not all(map(is_local, servers)):
         table.set("allow_cleartext", True, remark="the password crosses the network in the clear, as with mosquitto")
+    return secure
 
 
 def _identity(block: Block, table: Table) -> None:
@@ -104,23 +109,26 @@ def _identity(block: Block, table: Table) -> None:
         setting = block.first(*keys)
         if setting is not None:
             table.set(ours, setting.as_text(), setting)
+    if "clientid" not in table.values:
+        table.notes.append("Without remote_clientid mosquitto was HOST.NAME to the remote broker; here see clientid.")
     password = block.first("remote_password", "password")
     if password is not None:
         table.set("password", Secret(password.as_text()), password)
 
 
-def _tls(block: Block, table: Table, found: Findings) -> None:
+def _tls(block: Block, table: Table, found: Findings, secure: bool) -> None:
     tls: dict[str, Any] = {}
     origin = None
     for key, ours in (("bridge_cafile", "ca"), ("bridge_certfile", "certificate"), ("bridge_keyfile", "key")):
         setting = block.get(key)
-        if setting is not None:
+        if setting is not None and not secure:
+            found.lose(setting, _NOT_SECURE)
+        elif setting is not None:
             origin = origin or setting
             tls[ours] = str(found.folder / setting.as_text())
     insecure, identity, shared = (block.get(f"bridge_{name}") for name in ("insecure", "identity", "psk"))
-    if insecure is not None and insecure.as_truth():
-        origin = origin or insecure
-        tls["insecure"] = True
+    if insecure is not None and insecure.as_truth() and secure:
+        found.lose(insecure, _NAME)
     if identity is not None and shared is not None:
         origin = origin or identity
         tls.update(psk_identity=identity.as_text(), psk=Secret(shared.as_text()))
@@ -138,9 +146,9 @@ def _life(block: Block, table: Table, found: Findings) -> None:
     pause = block.get("restart_timeout")
     if pause is not None:
         words = pause.as_text().split()
-        if not 1 <= len(words) <= 2 or not all(word.isdigit() for word in words):
+        if not 1 <= len(words) <= 2 or not all(re.fullmatch(r"[0-9]{1,9}", word) for word in words):
             raise SourceError(pause.place, "restart_timeout is a number of seconds, or the shortest and the longest")
-        table.set("restart", {"base": f"{words[0]}s", "cap": f"{words[-1]}s"}, pause)
+        table.set("restart", {"base": f"{max(int(words[0]), 1)}s", "cap": f"{max(int(words[-1]), 1)}s"}, pause)
     start = block.get("start_type")
     if start is not None and start.as_text() == "manual":
         table.set("enabled", False, start, "start_type manual")
@@ -154,6 +162,7 @@ def _line(topic: Node) -> dict[str, Any]:
     pattern, direction, qos, local, remote, *more = (*words, *("out", "0", "", "")[max(len(words) - 1, 0) :])
     if more:
         raise SourceError(topic.place, "topic: write PATTERN DIRECTION QOS LOCAL-PREFIX REMOTE-PREFIX")
+    direction = direction.lower()
     if direction not in ("out", "in", "both"):
         raise SourceError(topic.place, "topic: the direction is out, in or both")
     if qos not in ("0", "1", "2"):

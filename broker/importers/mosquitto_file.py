@@ -6,13 +6,12 @@ bridges have belong to the block that is open; a file that is included starts ou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from broker.importers.source import Node, Place, SourceError, read_source
-
-MAX_INCLUDES = 10
 
 SECURITY = frozenset({
     "acl_file", "allow_anonymous", "allow_zero_length_clientid", "auth_plugin", "auth_plugin_deny_special_chars",
@@ -39,12 +38,16 @@ BRIDGE = frozenset({
     "remote_clientid", "remote_password", "remote_username", "restart_timeout", "round_robin", "start_type",
     "threshold", "topic", "try_private", "username",
 })  # fmt: skip
-REPEATED = frozenset({"topic", "plugin", "auth_plugin", "log_dest", "log_type", "plugin_load", "plugin_use"})
+REPEATED = frozenset({
+    "topic", "plugin", "auth_plugin", "include_dir", "log_dest", "log_type", "plugin_load", "plugin_use",
+    "websockets_origin",
+})  # fmt: skip
 """Settings that may stand in a block several times."""
 
 _SWITCHES = frozenset({
-    "allow_anonymous", "allow_zero_length_clientid", "auth_plugin_deny_special_chars", "autosave_on_changes",
-    "bridge_attempt_unsubscribe", "bridge_clean_start", "bridge_insecure", "bridge_outgoing_retain",
+    "allow_anonymous", "allow_duplicate_messages", "allow_zero_length_clientid", "auth_plugin_deny_special_chars",
+    "autosave_on_changes", "bridge_attempt_unsubscribe", "bridge_clean_start", "bridge_insecure",
+    "bridge_outgoing_retain",
     "bridge_require_ocsp", "bridge_tls_use_os_certs", "check_retain_source", "cleansession", "connection_messages",
     "disable_client_cert_date_checks", "enable_control_api", "enable_proxy_protocol", "listener_allow_anonymous",
     "local_cleansession", "log_timestamp", "notifications", "notifications_local_only", "per_listener_settings",
@@ -60,6 +63,13 @@ _NUMBERS = frozenset({
     "max_topic_alias_broker", "maximum_qos", "memory_limit", "message_size_limit", "port", "retain_expiry_interval",
     "sys_interval", "threshold",
 })  # fmt: skip
+_WORDS = _SWITCHES | _NUMBERS | {
+    "bridge_protocol_version", "log_facility", "persistent_client_expiration", "protocol", "retry_interval",
+    "socket_domain", "start_type", "store_clean_interval", "websockets_headers_size", "websockets_log_level",
+}  # fmt: skip
+"""Settings of which mosquitto reads the first word, `# …` behind it does no harm; the last of several counts."""
+OPTIONS = ("auth_opt_", "plugin_opt_")
+"""What settings that belong to a plug-in begin with."""
 
 
 @dataclass(slots=True)
@@ -108,7 +118,7 @@ class Mosquitto:
 
 def read_mosquitto(path: Path) -> Mosquitto:
     """The configuration in this file and in those it includes. Raises SourceError."""
-    settings = _settings(path, 0)
+    settings = _settings(path)
     nowhere = Node("listener", Place(str(path), 1))
     found = Mosquitto(Block(nowhere), Block(nowhere))
     for setting in _flat(settings):
@@ -118,8 +128,9 @@ def read_mosquitto(path: Path) -> Mosquitto:
     return found
 
 
-def _settings(path: Path, depth: int) -> list[Node]:
-    """The settings of a file; those of an included file are items of an item of the line that includes it."""
+def _settings(path: Path, main: bool = True) -> list[Node]:
+    """The settings of a file; those of an included file are items of an item of the line that includes it. As with
+    mosquitto only the main file includes others."""
     found = []
     for number, row in enumerate(read_source(path).split("\n"), 1):
         text = row.strip()
@@ -128,23 +139,29 @@ def _settings(path: Path, depth: int) -> list[Node]:
         key, *rest = text.split(None, 1)
         setting = Node(key, Place(str(path), number), rest[0] if rest else None)
         if setting.value is None:
-            raise SourceError(setting.place, f"{key} needs a value")
+            known = key in SECURITY | LISTENER | BRIDGE | _WORDS | {"connection", "include_dir", "listener", "port"}
+            # else the space may be what is missing, before a secret
+            raise SourceError(setting.place, f"{key} needs a value" if known else "expected NAME VALUE")
+        if key in _WORDS:
+            setting.value = rest[0].split()[0]
         _check(setting)
         found.append(setting)
-        if key == "include_dir":
-            if depth == MAX_INCLUDES:
-                raise SourceError(setting.place, f"include_dir goes more than {MAX_INCLUDES} folders deep")
+        if key == "include_dir" and main:
+            setting.used = True
             for file in _included(setting):
-                setting.items.append(Node("", Place(str(file), 1), items=_settings(file, depth + 1)))
+                if file.resolve() == path.resolve():
+                    raise SourceError(setting.place, "include_dir: this file itself is in that folder")
+                setting.items.append(Node("", Place(str(file), 1), items=_settings(file, main=False)))
     return found
 
 
 def _included(setting: Node) -> list[Path]:
     folder = Path(setting.place.file).parent / setting.as_text()
     try:
-        return [folder / name for name in sorted(one.name for one in folder.iterdir()) if name.endswith(".conf")]
+        names = [one.name for one in folder.iterdir() if one.name.endswith(".conf")]
     except OSError as error:
         raise SourceError(setting.place, f"include_dir {folder}: {error.strerror or error}") from None
+    return [folder / name for name in sorted(names, key=lambda name: [(one.upper(), one) for one in name])]
 
 
 def _flat(settings: list[Node]) -> Iterator[Node]:
@@ -159,7 +176,7 @@ def _sort(found: Mosquitto, settings: list[Node]) -> None:
     listener, bridge = found.default, None
     for setting in settings:
         key = setting.key
-        if key == "include_dir":
+        if key == "include_dir" and setting.used:
             for file in setting.items:
                 _sort(found, file.items)
         elif key == "listener":
@@ -174,7 +191,7 @@ def _sort(found: Mosquitto, settings: list[Node]) -> None:
             _add(bridge, setting)
         elif key in ("port", "bind_address"):
             _add(found.default, setting)
-        elif key in LISTENER or (key in SECURITY and found.per_listener):
+        elif key in LISTENER or (found.per_listener and (key in SECURITY or key.startswith(OPTIONS))):
             _add(listener, setting)
         else:
             _add(found.general, setting)
@@ -182,7 +199,7 @@ def _sort(found: Mosquitto, settings: list[Node]) -> None:
 
 def _add(block: Block, setting: Node) -> None:
     before = block.settings.setdefault(setting.key, [])
-    if before and setting.key not in REPEATED and not setting.key.startswith(("auth_opt_", "plugin_opt_")):
+    if before and setting.key not in REPEATED | _WORDS and not setting.key.startswith(OPTIONS):
         raise SourceError(setting.place, f"{setting.key} stands in {before[-1].place} already")
     before.append(setting)
 
@@ -193,5 +210,5 @@ def _check(setting: Node) -> None:
         setting.as_truth()
     elif setting.key in _NUMBERS:
         setting.as_whole()
-    elif setting.key == "listener" and not str(setting.value).split()[0].isdigit():
+    elif setting.key == "listener" and not re.fullmatch(r"[0-9]{1,9}", str(setting.value).split()[0]):
         raise SourceError(setting.place, "listener begins with a port")

@@ -8,11 +8,10 @@ from urllib.parse import quote
 
 from broker.importers.backends import set_password, set_tls
 from broker.importers.findings import Findings, Table
-from broker.importers.mosquitto_file import Block
+from broker.importers.mosquitto_file import OPTIONS, Block
 from broker.importers.servers import is_local, with_port
 from broker.importers.source import Node
 
-_PREFIXES = ("auth_opt_", "plugin_opt_")
 _SELECT = re.compile(r"(?is)\s*select\s+(?P<column>[\w.\"`]+)\s+from\s+(?P<rest>.+?)\s*;?\s*")
 _RIGHTS = re.compile(
     r"(?is)\s*select\s+(?P<topic>[\w.]+)\s+from\s+(?P<table>[\w.\"`]+)\s+where\s+(?P<who>\(?\s*[\w.]+\s*=\s*(?:\$1|\?)\s*\)?)"
@@ -39,7 +38,7 @@ def import_go_auth(block: Block, found: Findings) -> list[str]:
     """The names of the `[auth.*]` tables for its backends, in their order; `block` is where its options stand."""
     options = Node("", block.head.place)
     for key, settings in block.settings.items():
-        for prefix in _PREFIXES:
+        for prefix in OPTIONS:
             if key.startswith(prefix):
                 options.children[key.removeprefix(prefix)] = settings[-1]
     backends = options.take("backends")
@@ -84,14 +83,17 @@ def _sql(options: Node, found: Findings, prefix: str, kind: str, port: int) -> T
     database = quote(options.text(f"{prefix}_dbname", "mqtt"), safe="")
     table.set("dsn", f"{kind}://{f'{user}@' if user else ''}{where}/{database}", place)
     set_password(table, options, f"{prefix}_password")
-    mode = options.text(f"{prefix}_sslmode", "disable")
+    mode = options.take(f"{prefix}_sslmode")
+    said = mode.as_text() if mode is not None else "disable"
     files = Node("ssl", place.place)
     for theirs, key in (("sslrootcert", "cacertfile"), ("sslcert", "certfile"), ("sslkey", "keyfile")):
         file = options.take(f"{prefix}_{theirs}")
         if file is not None:
             files.children[key] = file
-    files.children["verify"] = Node("verify", place.place, "verify_peer")
-    set_tls(table, files, [host], found, mode not in ("disable", "false", "allow", "prefer"))
+    if mode is not None:
+        verified = said in ("true", "custom", "verify-ca", "verify-full")
+        files.children["verify"] = Node(mode.key, mode.place, "verify_peer" if verified else "verify_none")
+    set_tls(table, files, [host], found, said not in ("disable", "false", "allow", "prefer"))
     _statements(options, found, table, prefix, kind)
     return table
 
@@ -119,7 +121,7 @@ def _statements(options: Node, found: Findings, table: Table, prefix: str, kind:
         if kind == "mysql":
             table.set("exact_name", False, remark="select username too, and Alice is not let in as alice")
     query = options.take(f"{prefix}_superquery")
-    if query is not None:
+    if query is not None and not _no_superusers(options, prefix):
         table.set("superuser", _MARK.sub("${username}", query.as_text()), query)
     query = options.take(f"{prefix}_aclquery")
     match = _RIGHTS.fullmatch(query.as_text()) if query is not None else None
@@ -127,11 +129,16 @@ def _statements(options: Node, found: Findings, table: Table, prefix: str, kind:
         who = _MARK.sub("${username}", match["who"])
         text = f"select {match['topic']} as topic, {match['access']} as access from {match['table']} where {who}"
         table.set("authorize", text, query)
-        table.set("acc_style", "go-auth")
+        wide = ">=" in match[0]
+        table.set("acc_style", "go-auth", remark="2 is writing alone here, although >= let it read too" if wide else "")
         return
     table.set("authorize", "", remark="no rights come from here")
     if query is not None:
         found.lose(query, _RIGHTS_LOST)
+
+
+def _no_superusers(options: Node, prefix: str) -> bool:
+    return any([options.truth(name, False) for name in ("disable_superuser", f"{prefix}_disable_superuser")])
 
 
 def _redis(options: Node, found: Findings) -> Table:
@@ -151,10 +158,11 @@ def _redis(options: Node, found: Findings) -> Table:
         table.set("allow_cleartext", True, remark="not encrypted, as with mosquitto-go-auth")
     table.set("password_hash", "auto", remark="a hash says itself what it is")
     table.set("auth_cmd", "GET ${username}")
-    table.set("super_cmd", "GET ${username}:su")
+    if not _no_superusers(options, "redis"):
+        table.set("super_cmd", "GET ${username}:su")
     table.set("acl_cmd", "")
     table.set("acl_sets", dict(_SETS))
-    common = options.at("redis_host") or options
+    common = options.at("redis_host") or options.at("backends") or options
     found.lose(common, "rights of everybody (common:racls …) belong into a file of rules; those of users are read")
     return table
 

@@ -5,17 +5,30 @@ from __future__ import annotations
 import ipaddress
 
 from broker.importers.findings import Findings, Table
-from broker.importers.mosquitto_file import Block, Mosquitto
+from broker.importers.mosquitto_file import OPTIONS, Block, Mosquitto
 from broker.importers.mosquitto_go_auth import import_go_auth, is_go_auth
 from broker.importers.source import Node, SourceError
 
 _TLS = ("cafile", "capath", "certfile", "keyfile")
 _OPENS_DEFAULT = (
-    "port", "bind_address", "max_connections", "maximum_qos", "max_qos", "mount_point", "protocol", "socket_domain",
-    "require_certificate", "crlfile", "psk_hint", "use_identity_as_username", "use_subject_as_username", *_TLS,
-    "password_file", "psk_file", "allow_anonymous", "auth_plugin", "plugin",
+    "port", "bind_address", "bind_interface", "ciphers", "ciphers_tls1.3", "crlfile", "dhparamfile", "mount_point",
+    "psk_hint", "socket_domain", "tls_engine", "tls_engine_kpass_sha1", "tls_keyform", *_TLS,
+    "password_file", "psk_file", "auth_plugin", "plugin",
 )  # fmt: skip
 """Settings before the first `listener` line with which mosquitto opens a listener for them."""
+_OPENS_UNLESS = {
+    "allow_zero_length_clientid": ("true", "1"),
+    "max_connections": ("-1",),
+    "max_qos": ("2",),
+    "maximum_qos": ("2",),
+    "protocol": ("mqtt",),
+    "require_certificate": ("false", "0"),
+    "use_identity_as_username": ("false", "0"),
+    "use_subject_as_username": ("false", "0"),
+    "use_username_as_clientid": ("false", "0"),
+}
+"""Settings that do so too, unless they say what holds anyway."""
+_OFF = ("false", "0")
 _NOTHING = {
     "accept_protocol_versions": "a listener takes MQTT 3.1, 3.1.1 and 5",
     "ciphers": "the ciphers are those of Python's TLS, which leaves weak ones out",
@@ -42,7 +55,7 @@ _HOLDS = {
 def import_listeners(conf: Mosquitto, found: Findings) -> None:
     """`[listeners.*]`, `[auth.*]` and `[access]`."""
     blocks = list(conf.listeners)
-    if any(key in conf.default.settings for key in _OPENS_DEFAULT):
+    if _opens_default(conf.default):
         blocks.insert(0, conf.default)
     access = found.table("access")
     who = _Who(conf, found)
@@ -56,13 +69,25 @@ def import_listeners(conf: Mosquitto, found: Findings) -> None:
         table = found.table("listeners", "tcp")
         table.notes.append("mosquitto without any listener serves this machine only.")
         table.set("bind", "127.0.0.1:1883")
+        if conf.per_listener:
+            who.at(conf.default, table)
+            if "allow_anonymous" not in conf.default.settings:
+                table.set("allow_anonymous", True, remark="as mosquitto does on this machine; a name must be known")
+    found.close_default()
     if conf.per_listener:
         access.set("allow_anonymous", False, remark="each listener says it for itself")
         access.set("no_match", "deny", remark="what is open without rules has [auth.everything]")
     else:
-        who.at(conf.general, None)
+        who.everywhere(access)
     for table in found.room("listeners"):
         _cleartext(table, found)
+
+
+def _opens_default(block: Block) -> bool:
+    return any(
+        key in _OPENS_DEFAULT or settings[-1].value not in _OPENS_UNLESS.get(key, (settings[-1].value,))
+        for key, settings in block.settings.items()
+    )
 
 
 def _everywhere(conf: Mosquitto, found: Findings, access: Table, any_listener: bool) -> None:
@@ -91,16 +116,37 @@ class _Who:
         self._conf = conf
         self._found = found
         self._made: dict[tuple[str, str], str] = {}
-        self._go_auth: list[str] | None = None
+        self._go_auth: dict[int, list[str]] = {}
 
-    def at(self, block: Block, listener: Table | None) -> None:
-        """Who may connect to this listener, or to all."""
+    def everywhere(self, access: Table) -> None:
+        """Who may connect to all listeners."""
+        names = self._names(self._conf.general)
+        certified = [table for table in self._found.room("listeners") if "username_from" in table.values]
+        if names and certified:
+            names.append(self._certificates(certified[0]))
+        if is_go_auth(self._conf.general) and len(names) > 1:
+            access.set("order", names, remark="as they were asked")
+
+    def at(self, block: Block, listener: Table) -> None:
+        """Who may connect to this listener."""
+        names = self._names(block)
+        own, anonymous = block.get("listener_allow_anonymous"), block.get("allow_anonymous")
+        open_to_all = anonymous is not None and anonymous.as_truth()
+        listener.set("allow_anonymous", own.as_truth() if own is not None else open_to_all, own or anonymous)
+        if not _is_judged(block):
+            names.append(self._everything(block.head))
+        if names and "username_from" in listener.values:
+            names.append(self._certificates(listener))
+        listener.set("auth", names)
+
+    def _names(self, block: Block) -> list[str]:
+        """The tables that decide where this block holds."""
         passwords, rules = block.get("password_file"), block.get("acl_file")
         names = []
         if passwords is not None or rules is not None:
             names.append(self._accounts(passwords, rules))
         if is_go_auth(block):
-            names += self._plugin()
+            names += self._plugin(block)
         anonymous = block.get("allow_anonymous")
         open_to_all = anonymous is not None and anonymous.as_truth()
         if psk := block.get("psk_file"):
@@ -108,19 +154,27 @@ class _Who:
         if open_to_all and passwords is None and anonymous is not None:
             text = "who gives a user name must be known here; without an account only clients that give none are let in"
             self._found.lose(anonymous, text)
-        if listener is None:
-            return
-        own = block.get("listener_allow_anonymous")
-        listener.set("allow_anonymous", own.as_truth() if own is not None else open_to_all, own or anonymous)
-        if not _is_judged(block):
-            names.append(self._everything(block.head))
-        listener.set("auth", names)
+        return names
 
-    def _plugin(self) -> list[str]:
-        """What mosquitto-go-auth is told, once for all that load it."""
-        if self._go_auth is None:
-            self._go_auth = import_go_auth(self._conf.general, self._found)
-        return self._go_auth
+    def _plugin(self, block: Block) -> list[str]:
+        """What mosquitto-go-auth is told there, or where it was told something before."""
+        told = [one for one in (block, *self._conf.blocks()) if any(key.startswith(OPTIONS) for key in one.settings)]
+        where = told[0] if told else block
+        if id(where) not in self._go_auth:
+            self._go_auth[id(where)] = import_go_auth(where, self._found)
+        return list(self._go_auth[id(where)])
+
+    def _certificates(self, listener: Table) -> str:
+        """Clients whose name a certificate has proved are looked for in no file by mosquitto."""
+        room = self._found.room("auth")
+        name = next((table.name for table in room if table.values.get("kind") == "certificate"), "")
+        if not name:
+            origin = listener.origins["username_from"]
+            table = self._found.instance("auth", "certificates", "certificate", origin)
+            table.notes.append("Who shows a certificate of client_ca need not be in a file of passwords.")
+            self._found.table("auth", table.name, "subjects", "everybody", origin=origin).set("below", "*")
+            name = table.name
+        return name
 
     def _accounts(self, passwords: Node | None, rules: Node | None) -> str:
         key = (passwords.as_text() if passwords else "", rules.as_text() if rules else "")
@@ -173,12 +227,11 @@ def _listener(block: Block, found: Findings) -> Table | None:
     port = _port(block, words)
     name = kind if all(one.name != kind for one in found.room("listeners")) else f"{kind}-{port}"
     table = found.instance("listeners", name, kind, block.head)
-    table.set("bind", _bind(block, words, port), block.get("port") or block.head)
+    table.set("bind", _bind(block, words, port, found), block.get("port") or block.head)
     if said == "websockets":
         table.set("path", "/mqtt", protocol, "mosquitto takes any path, here clients must ask for this one")
-        origins = block.get("websockets_origin")
-        if origins is not None:
-            table.set("origins", [origins.as_text()], origins)
+        for origin in block.settings.get("websockets_origin", ()):
+            table.set("origins", [*table.values.get("origins", ()), origin.as_text()], origin)
     if certificate is not None:
         _tls(block, table, found, certificate)
     else:
@@ -206,11 +259,13 @@ def _port(block: Block, words: list[str]) -> int:
     return number
 
 
-def _bind(block: Block, words: list[str], port: int) -> str:
+def _bind(block: Block, words: list[str], port: int, found: Findings) -> str:
     address = block.get("bind_address")
     domain = block.get("socket_domain")
     everywhere = {"ipv4": "0.0.0.0", "ipv6": "::"}.get(domain.as_text() if domain else "", "*")
     host = words[1] if len(words) > 1 else address.as_text() if address else everywhere
+    if domain is not None and host != everywhere:
+        found.lose(domain, "the address of the listener decides")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -221,7 +276,7 @@ def _tls(block: Block, table: Table, found: Findings, certificate: Node) -> None
         table.set("key", str(found.folder / key.as_text()), key)
     authorities, folder = block.get("cafile"), block.get("capath")
     required = block.truth("require_certificate", False)
-    if folder is not None and (authorities is None) == required:
+    if folder is not None and required and authorities is None:
         found.hold(table, folder, "a folder of authorities cannot be named; put them into one file, client_ca")
     elif folder is not None:
         found.lose(folder, "a folder of authorities cannot be named; client_ca is one file")
@@ -252,14 +307,14 @@ def _meant_tls(block: Block, table: Table, found: Findings) -> None:
     """Options of TLS on a listener that has no certificate: it would be open in the clear."""
     for key in ("cafile", "capath", "keyfile", "crlfile", "require_certificate", "tls_version"):
         setting = block.get(key)
-        if setting is not None and setting.value != "false":
+        if setting is not None and setting.value not in _OFF:
             found.hold(table, setting, "is about TLS, but there is no certfile: the listener would be in the clear")
 
 
 def _common(block: Block, table: Table, found: Findings) -> None:
     most = block.get("max_connections")
     if most is not None:
-        table.set("max_connections", most.as_whole() if most.as_whole() >= 0 else 10_000_000, most)
+        table.set("max_connections", most.as_whole() if most.as_whole() > 0 else 10_000_000, most)
     anonymous = block.get("listener_allow_anonymous")
     if anonymous is not None:
         table.set("allow_anonymous", anonymous.as_truth(), anonymous)
@@ -270,7 +325,7 @@ def _common(block: Block, table: Table, found: Findings) -> None:
             found.lose(quality, "every listener takes QoS 0, 1 and 2; rules can have qos as a condition")
     for key, reason in (*_NOTHING.items(), *_HOLDS.items()):
         setting = block.get(key)
-        if setting is None or setting.value == "false":
+        if setting is None or setting.value in _OFF:
             continue
         if key in _HOLDS:
             found.hold(table, setting, reason)

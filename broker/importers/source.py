@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from broker.config.problems import line
 from broker.config.types import parse_duration, parse_size
 
 MAX_BYTES = 4 << 20
@@ -31,7 +32,7 @@ class SourceError(Exception):
     """The source cannot be understood: ``FILE:LINE: TEXT``. The text never repeats a value that may be secret."""
 
     def __init__(self, place: Place | str, text: str) -> None:
-        super().__init__(f"{place}: {text}")
+        super().__init__(line(str(place), "", text))
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from broker.config.listeners import ListenerConfig, SecureListener, WebSocket
 from broker.engine.listener import ListenerInfo
@@ -109,6 +109,8 @@ class Admission:
             self.shared.spawn(self._connect(sock, f"unix:{uid}", now))
 
     def _take_secure(self, sock: socket.socket, address: Any, now: float) -> None:
+        # all that has come is decrypted at once, and records without data (RFC 8446 4.6.3) are seen by no meter
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, cast(SecureListener, self.config).receive_buffer)
         if self._admit(sock):
             waiting = Waiting(self, sock, peer_of(address), now + self.connect_timeout, self._begin)
             self.shared.handshakes.add(waiting)

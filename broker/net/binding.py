@@ -144,6 +144,13 @@ def private_folder(name: str, folder: Path) -> None:
         raise ListenError(f"listeners.{name}: {folder}: {error.strerror}") from None
 
 
+def granted_receive_buffer(wanted: int) -> int:
+    """Bytes of a receive buffer the system gives to who asks for `wanted` (Linux: at most net.core.rmem_max)."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wanted)
+        return min(wanted, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2)  # it is told doubled
+
+
 def peer_uid(sock: socket.socket) -> int:
     """User id of the process at the other end of a Unix socket, as the kernel saw it at connect."""
     _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))

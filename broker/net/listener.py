@@ -139,6 +139,13 @@ class Listener(Admission):
             os.chmod(config.path, int(config.mode, 8))
         if renewed:
             self._end_revoked()
+        if isinstance(config, SecureListener):
+            granted = binding.granted_receive_buffer(config.receive_buffer)
+            if granted < config.receive_buffer:
+                log.warning(
+                    "listeners.%s: receive_buffer is %d, the system allows %d; raise net.core.rmem_max",
+                    self.name, config.receive_buffer, granted,
+                )  # fmt: skip
         if self.secure and not _is_uvloop(self.loop):
             log.warning(
                 "listener %r: TLS without uvloop takes 280 kB a connection instead of 24 kB; install uvloop", self.name

@@ -38,7 +38,7 @@ def adapt(instance: Instance, settings: Settings) -> Assignment:
     problems = [
         settings.problem(f"{assignment.key}.{key}", f"${{{name}}} in {text!r}: only Isthmus itself knows it")
         for field in sorted(config.model_fields_set)
-        for key, text, names in _questions(field, getattr(config, field, None))
+        for key, text, names in _questions(field, getattr(config, field, None), _known(config))
         for name in names
     ]
     if "order_key" in config.model_fields_set and getattr(config, "lanes", 1) > 1:
@@ -87,30 +87,36 @@ def without_effect(instance: Instance, settings: Settings) -> list[str]:
 def _defaults(config: InstanceConfig) -> dict[str, Any]:
     """In place of defaults that need metadata: the topic as key, tables without the entries in question."""
     changed: dict[str, Any] = {}
+    known = _known(config)
     for field in type(config).model_fields:
         value = getattr(config, field)
-        if field in config.model_fields_set or not any(names for _, _, names in _questions(field, value)):
+        if field in config.model_fields_set or not any(names for _, _, names in _questions(field, value, known)):
             continue
         if isinstance(value, dict):
-            changed[field] = {k: t.text for k, t in value.items() if isinstance(t, Template) and not _vouched(t)}
+            changed[field] = {k: t.text for k, t in value.items() if isinstance(t, Template) and not _vouched(t, known)}
         elif isinstance(value, Template):
             changed[field] = "${topic}"
     return changed
 
 
-def _questions(key: str, value: object) -> Iterator[tuple[str, str, list[str]]]:
+def _known(config: InstanceConfig) -> frozenset[str]:
+    """What templates can have though the broker does not tell it: an `idempotency_key` is made of what came."""
+    return frozenset(("msgid",)) if getattr(config, "idempotency_key", None) is not None else frozenset()
+
+
+def _questions(key: str, value: object, known: frozenset[str]) -> Iterator[tuple[str, str, list[str]]]:
     """Each template and condition below a key: its place, its text, and what of it nobody vouches for."""
     if isinstance(value, Template):
-        yield key, value.text, _vouched(value)
+        yield key, value.text, _vouched(value, known)
     elif isinstance(value, Condition):
         yield key, value.text, [name for name in _NAME.findall(_QUOTED.sub("", value.text)) if name in VOUCHED]
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _questions(f"{key}.{name}", item)
+            yield from _questions(f"{key}.{name}", item, known)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _questions(key, item)
+            yield from _questions(key, item, known)
 
 
-def _vouched(template: Template) -> list[str]:
-    return [name for name in template.names if name.partition(".")[0].partition("[")[0] in VOUCHED]
+def _vouched(template: Template, known: frozenset[str]) -> list[str]:
+    return [name for name in template.names if name.partition(".")[0].partition("[")[0] in VOUCHED - known]

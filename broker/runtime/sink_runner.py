@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from broker.client.connection import Connection, Handler
+from broker.extend.idempotency import compile_key
 from broker.extend.registry import Backend
 from broker.extend.sink import Fatal, Sink, SinkConfig
 from broker.runtime.attach import Attach
@@ -17,7 +18,7 @@ from broker.runtime.busy import Marker
 from broker.runtime.dead_letters import DeadLetters
 from broker.runtime.instance_log import speak_for
 from broker.runtime.lane import Lane
-from broker.runtime.selection import Selection
+from broker.runtime.selection import Keyed, Selection
 from broker.runtime.state import Describer, State, added, worst
 from broker.runtime.writer import PROBE_EVERY, Writer
 
@@ -124,6 +125,8 @@ class SinkRunner:
     async def _run(self) -> None:
         speak_for(f"sinks.{self.name}")
         sink = await self._open()
+        if self._config.idempotency_key is not None:
+            sink = Keyed(sink, compile_key(self._config.idempotency_key))
         if self._config.where is not None:
             sink = Selection(sink, self._config.where)
         for number in self._lanes:

@@ -176,6 +176,10 @@ def void(_: object) -> None:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
+MOSQUITTO_CONNECTION = 25
+"""Microseconds of CPU a connection costs mosquitto on the machine for which 20 000 a second are wanted of us."""
+
+
 @dataclass
 class Row:
     """One line of the table. `target` says what the verdict compares; see `verdict`."""
@@ -284,11 +288,13 @@ def verdict(result: Result) -> tuple[str, str, bool | None]:
         text = f"{figure(rate)}/s ({figure(theirs_rate)}), {cpu:.0f} us ({theirs_cpu:.0f})"
         if not theirs_rate or not theirs_cpu:
             return text, "<= 2500 B, >= 20 k/s, <= 45 us", ours <= 2500 and rate >= 20_000 and cpu <= 45
+        # mosquitto's rate is that of a timer of the kernel, its CPU that of the machine (ARCHITECTURE.md, Measured)
+        wanted = 20_000 * MOSQUITTO_CONNECTION / theirs_cpu
         text = f"{rate / theirs_rate:.2f} x conn/s, {cpu / theirs_cpu:.2f} x CPU: {text}"
         return (
             text,
-            "<= 2500 B, >= 2.6 x, <= 1.8 x",
-            ours <= 2500 and rate >= 2.6 * theirs_rate and cpu <= 1.8 * theirs_cpu,
+            f"<= 2500 B, >= {figure(wanted)}/s, <= 1.8 x",
+            ours <= 2500 and rate >= wanted and cpu <= 1.8 * theirs_cpu,
         )
     if row.kind == "idle-tls":
         return ratio, "<= 32 kB", ours <= 32 * 1024
@@ -363,7 +369,7 @@ class Bench:
 
 def table(results: Sequence[Result]) -> tuple[str, int]:
     """The closing table and how many rows missed their target."""
-    lines = [f"{'row':42} {'mosquitto':>11} {'isthmus':>11}  {'ratio':42} {'target':32} "]
+    lines = [f"{'row':42} {'mosquitto':>11} {'isthmus':>11}  {'ratio':42} {'target':34} "]
     missed = 0
     for result in results:
         ratio, target, met = verdict(result)
@@ -371,7 +377,7 @@ def table(results: Sequence[Result]) -> tuple[str, int]:
         word = {True: "ok", False: "MISSED", None: ""}[met]
         missed += met is False
         left = f"{result.row.text:42} {figure(theirs):>11} {figure(ours):>11}"
-        lines.append(f"{left}  {ratio:42} {target:32} {result.error or word}")
+        lines.append(f"{left}  {ratio:42} {target:34} {result.error or word}")
     return "\n".join(lines), missed
 
 

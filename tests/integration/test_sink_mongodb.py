@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -19,7 +21,14 @@ from sinks.mongodb import BACKEND, MongodbConfig
 from tests import nosql_servers
 from tests.integration.fake_mongo import FakeMongo
 from tests.integration.sink_suite import MOMENT, SECRET, SinkSuite, deliver, msgid, opened, records
+from tests.integration.sql_sink_suite import LONG
 from tests.nosql_servers import MongoServer, or_skip
+from tests.proxy import Proxy
+from tests.servers import PATIENCE, program
+
+MANY = 100_000 if program("mongod") or os.environ.get("TEST_MONGODB") else 20_000
+"""Collections of the long form. mongo-java-server takes the longer for each the more it has: these are what it makes in
+ten minutes, a hundred thousand would take three hours."""
 
 
 @dataclass
@@ -150,6 +159,31 @@ class TestDocuments(SinkSuite):
         assert list(failed.value.failed) == [2]
         assert target.collection.find_one({"clientid": "dev"})["value"] == 2
 
+    @pytest.mark.parametrize("collections", [1_000, pytest.param(MANY, marks=LONG)])
+    async def test_s28_a_database_of_many_collections_is_checked_quickly(self, collections: int) -> None:
+        """S-28: a hundred thousand in the long form, where the server can."""
+        upsert = {"mode": "upsert", "upsert_by": ["clientid"], "fields": {"clientid": "${clientid}", "v": "1"},
+                  "dates": []}  # fmt: skip
+        with or_skip("mongodb", nosql_servers.mongodb) as server:  # its own: to drop so many takes minutes
+            client = server.connect()
+            client.drop_database("many")
+            for number in range(collections):
+                await asyncio.to_thread(client["many"].command, "create", f"c{number}")
+            async with Proxy("127.0.0.1", server.port) as proxy:
+                for mode in ({}, upsert):
+                    keys = self.raw(proxy.port, database="many", collection="c7", **mode)
+                    async with opened(BACKEND, keys) as sink:
+                        for verb in (sink.check, lambda sink=sink: sink.write(records(1))):
+                            before, began = proxy.counts.bytes_down, time.monotonic()
+                            await verb()
+                            took, bytes_down = time.monotonic() - began, proxy.counts.bytes_down - before
+                            print(f"{collections} collections: {took * 1000:.1f} ms, {bytes_down} bytes")
+                            assert took < PATIENCE
+                            assert 0 < bytes_down < 64 << 10
+            assert [document["v"] for document in client["many"]["c7"].find()] == ["1"], "inserted, then updated"
+            if os.environ.get("TEST_MONGODB"):
+                client.drop_database("many")
+
     async def test_s29_what_a_device_sends_is_compared_and_never_a_condition(self, target: Documents) -> None:
         keys = self.raw(target.port, mode="upsert", upsert_by=["device"],
                         fields={"device": "${payload.device}", "value": "${payload.v}"})  # fmt: skip
@@ -218,6 +252,19 @@ async def test_a_time_series_is_made_and_no_other_collection_is_taken_for_one() 
             for verb in (sink.check(), sink.write(records(3))):
                 with pytest.raises(Fatal, match="no time series"):
                     await verb
+
+
+async def test_s28_of_many_collections_a_time_series_asks_for_its_own() -> None:
+    """S-28: by its name, so that a server tells of one; mongo-java-server tells of all whatever it is asked."""
+    async with Member() as member:
+        member.collections = [{"name": f"c{n}", "type": "timeseries"} for n in range(100_000)]
+        keys = {**member.raw, "mode": "time_series", "collection": "c99999"}
+        async with opened(BACKEND, keys) as sink:
+            for verb in (sink.check, lambda: sink.write(records(1))):
+                began = time.monotonic()
+                await verb()
+                assert time.monotonic() - began < PATIENCE
+        assert [c.get("filter") for c in member.commands if "insert" not in c] == [{"name": "c99999"}] * 2
 
 
 @pytest.mark.parametrize(("code", "outcome"), [

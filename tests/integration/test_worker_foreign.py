@@ -114,7 +114,9 @@ async def test_the_metadata_a_publisher_forges_is_not_believed(mosquitto: Mosqui
 
 
 async def test_an_outage_of_the_broker_loses_nothing(start_mosquitto: Callable[..., Mosquitto], tmp_path: Path) -> None:
-    broker = start_mosquitto(persistence=True)
+    # mosquitto 2.0 sends more than its window of 20, and after a restart publishes again whatever was beyond it, even
+    # what it has released: none is beyond this one. What was on its way at two restarts it publishes again as well.
+    broker = start_mosquitto(persistence=True, extra="max_inflight_messages 1000")
     async with working(settings(tmp_path, SQLITE), broker.url):
         for round_ in range(2):
             publisher = await Publisher.connect(broker.url, client_id="dev")
@@ -123,7 +125,7 @@ async def test_an_outage_of_the_broker_loses_nothing(start_mosquitto: Callable[.
             await publisher.disconnect()
             await asyncio.to_thread(broker.stop)
             await asyncio.to_thread(broker.start)
-        await until(lambda: len(rows(tmp_path)) >= 200)
+            await until(lambda: len(rows(tmp_path)) >= 100 * (round_ + 1))  # noqa: B023
         assert sorted(int(p) for p in rows(tmp_path)) == list(range(200))
 
 

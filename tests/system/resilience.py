@@ -133,20 +133,6 @@ class Canary(Publisher):
         return max(self.trips)
 
 
-def canary_apart(to: str, seconds: float, **options: Any) -> Canary:
-    """A canary on a loop of its own: run it in a thread where the test's loop plays a crowd or a server as well."""
-
-    async def sing() -> Canary:
-        canary = await Canary.open(to, **options)
-        await canary.sing(seconds, 0.05)
-        alone = canary.lost
-        await canary.disconnect()
-        canary.lost = alone
-        return canary
-
-    return asyncio.run(sing())
-
-
 class Stream(Handler):
     """A publisher at a steady rate. Every ledger learns what was sent and what the broker promised.
 

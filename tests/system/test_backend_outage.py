@@ -20,7 +20,8 @@ from tests.broker import Broker, broker
 from tests.fragments import ldap
 from tests.servers import PATIENCE
 from tests.system import resilience
-from tests.system.resilience import SOAK, canary_apart, command, descriptors, eventually, rss
+from tests.system.canary import canary_apart
+from tests.system.resilience import SOAK, command, descriptors, eventually, rss
 
 RATE = 50
 """Logins a second."""
@@ -78,42 +79,41 @@ async def test_a39_ten_minutes_without_the_directory(
         assert (await login(to, 0, "bob"))[0] == 0
         before = await calls(running)
         await asyncio.to_thread(directory.stop if how == "stopped" else directory.freeze)
-        singing = asyncio.create_task(asyncio.to_thread(canary_apart, to, AWAY + 5.0))
-        answers: list[tuple[float, int, float]] = []
-        began = time.monotonic()
+        async with canary_apart(to) as canary:
+            answers: list[tuple[float, int, float]] = []
+            began = time.monotonic()
 
-        async def attempt(number: int) -> None:
-            name = ("alice", "bob", "carol", "dave")[number % 4]
-            code, took = await login(to, number, name, "wrong" if number % 3 else None)
-            answers.append((time.monotonic() - began, code, took))
+            async def attempt(number: int) -> None:
+                name = ("alice", "bob", "carol", "dave")[number % 4]
+                code, took = await login(to, number, name, "wrong" if number % 3 else None)
+                answers.append((time.monotonic() - began, code, took))
 
-        attempts: set[asyncio.Task[None]] = set()
-        number = probes = memory = 0
-        opened_at = 0.0
-        while (now := time.monotonic() - began) < AWAY:
-            while number < now * RATE:
-                number += 1
-                task = asyncio.create_task(attempt(number))
-                attempts.add(task)
-                task.add_done_callback(attempts.discard)
-            if not memory and now > 10:  # what the outage needs at once is there
-                status = (await command(running, "status"))["auth"]["ldap"]
-                assert status["state"] == "open", status
-                opened_at, probes, memory = now, status["calls"], rss(running.pid)
-            await asyncio.sleep(0.02)
-        probes = await calls(running) - probes
-        lasted = time.monotonic() - began - opened_at
-        grown = rss(running.pid) - memory
-        await asyncio.to_thread(directory.start if how == "stopped" else directory.thaw)
-        back = time.monotonic()
-        while (await login(to, number := number + 1, "bob"))[0] != 0:
-            assert time.monotonic() - back <= 10 * PATIENCE
-            await asyncio.sleep(0.1)
-        recovered = time.monotonic() - back
-        await asyncio.gather(*attempts)
-        assert [(await login(to, number + n, "carol"))[0] for n in range(20)] == [0] * 20
-        assert (await login(to, number + 30, "carol", "wrong"))[0] == 0x86
-        canary = await singing
+            attempts: set[asyncio.Task[None]] = set()
+            number = probes = memory = 0
+            opened_at = 0.0
+            while (now := time.monotonic() - began) < AWAY:
+                while number < now * RATE:
+                    number += 1
+                    task = asyncio.create_task(attempt(number))
+                    attempts.add(task)
+                    task.add_done_callback(attempts.discard)
+                if not memory and now > 10:  # what the outage needs at once is there
+                    status = (await command(running, "status"))["auth"]["ldap"]
+                    assert status["state"] == "open", status
+                    opened_at, probes, memory = now, status["calls"], rss(running.pid)
+                await asyncio.sleep(0.02)
+            probes = await calls(running) - probes
+            lasted = time.monotonic() - began - opened_at
+            grown = rss(running.pid) - memory
+            await asyncio.to_thread(directory.start if how == "stopped" else directory.thaw)
+            back = time.monotonic()
+            while (await login(to, number := number + 1, "bob"))[0] != 0:
+                assert time.monotonic() - back <= 10 * PATIENCE
+                await asyncio.sleep(0.1)
+            recovered = time.monotonic() - back
+            await asyncio.gather(*attempts)
+            assert [(await login(to, number + n, "carol"))[0] for n in range(20)] == [0] * 20
+            assert (await login(to, number + 30, "carol", "wrong"))[0] == 0x86
 
         down = [(at, code, took) for at, code, took in answers if at < AWAY]
         slowest = max(took for _, _, took in down)
@@ -157,32 +157,32 @@ async def test_a41_a_thousand_clients_come_and_go_while_the_directory_hangs(
         await asyncio.sleep(0.5)
         sockets, threads = descriptors(running.pid), len(os.listdir(f"/proc/{running.pid}/task"))
         directory.freeze()
-        singing = asyncio.create_task(asyncio.to_thread(canary_apart, to, 6.0))
+        async with canary_apart(to) as canary:
 
-        async def come_and_go(number: int) -> None:
-            connect = packets.Connect(
-                version=5, clean_start=True, keep_alive=60, client_id=f"c{number}", username="alice",
-                password=b"%d" % number,
-            )  # fmt: skip
-            _, writer = await asyncio.open_connection("127.0.0.1", running.port)
-            writer.write(packets.encode_connect(connect))
-            await asyncio.sleep(0.05 + number % 7 * 0.05)
-            writer.transport.abort()
+            async def come_and_go(number: int) -> None:
+                connect = packets.Connect(
+                    version=5, clean_start=True, keep_alive=60, client_id=f"c{number}", username="alice",
+                    password=b"%d" % number,
+                )  # fmt: skip
+                _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+                writer.write(packets.encode_connect(connect))
+                await asyncio.sleep(0.05 + number % 7 * 0.05)
+                writer.transport.abort()
 
-        for start in range(0, 1_000, 200):
-            await asyncio.gather(*(come_and_go(number) for number in range(start, start + 200)))
+            for start in range(0, 1_000, 200):
+                await asyncio.gather(*(come_and_go(number) for number in range(start, start + 200)))
+            await asyncio.sleep(DEADLINE)
 
-        async def quiet() -> bool:
-            status = await command(running, "status")
-            guard = status["auth"]["ldap"]
-            return (
-                guard["running"] == guard["waiting"] == 0
-                and status["clients"] == 0
-                and descriptors(running.pid) <= sockets
-                and len(os.listdir(f"/proc/{running.pid}/task")) <= threads
-            )
+            async def quiet() -> bool:
+                status = await command(running, "status")
+                guard = status["auth"]["ldap"]
+                return (
+                    guard["running"] == guard["waiting"] == 0
+                    and status["clients"] == 0
+                    and descriptors(running.pid) <= sockets
+                    and len(os.listdir(f"/proc/{running.pid}/task")) <= threads
+                )
 
-        canary = await singing
         assert canary.lost == 0
         assert canary.slowest <= resilience.SLOWEST
         await eventually(quiet, "nothing of theirs is left", DEADLINE + 5, 0.1)

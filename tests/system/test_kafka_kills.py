@@ -18,7 +18,8 @@ from tests.broker import Broker, broker
 from tests.ledger import Ledger
 from tests.proxy import Proxy
 from tests.system import resilience
-from tests.system.resilience import SLOWEST, SOAK, Canary, Stream, command, eventually
+from tests.system.canary import canary_apart
+from tests.system.resilience import SLOWEST, SOAK, Stream, command, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 if SOAK else 240)]
 
@@ -111,12 +112,10 @@ async def test_a_black_holed_kafka_holds_up_no_other_sink_of_its_worker(
         with broker(tmp_path, fragments) as running:
             for name in ("kafka", "store"):
                 await asyncio.to_thread(resilience.wait_running, running, "sinks", name)
-            canary = await Canary.open(resilience.url(running))
             stored, sunk = Ledger(), Ledger()
             stream = await Stream([stored, sunk], "device", "telemetry/device/x", rate).open(resilience.url(running))
             await stream.run(1)
             proxy.black_hole = True
-            canary.trips.clear()
             behind: list[int] = []
             detected: list[float] = []
             began = time.monotonic()
@@ -129,7 +128,8 @@ async def test_a_black_holed_kafka_holds_up_no_other_sink_of_its_worker(
                     if sinks["kafka"]["state"] == "retrying":
                         detected.append(time.monotonic() - began)
 
-            await asyncio.gather(stream.run(seconds), canary.sing(seconds), watch())
+            async with canary_apart(resilience.url(running)) as canary:
+                await asyncio.gather(stream.run(seconds), watch())
             status = await command(running, "status")
             proxy.black_hole = False
             accepted = proxy.counts.accepted

@@ -10,7 +10,6 @@ import random
 import signal
 import sqlite3
 import subprocess
-import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.integration.http_service import service
 from tests.ledger import Ledger
 from tests.servers import PATIENCE
 from tests.system import fleet, resilience
+from tests.system.canary import canary_apart
 from tests.system.durability import ROOM, store_bytes
 from tests.system.fleet import Flood
 from tests.system.resilience import SLOWEST, SOAK, Canary, Stream, command, eventually, rss, url
@@ -72,27 +72,6 @@ def locked(path: Path) -> Iterator[None]:
         db.execute("begin exclusive")
         yield
         db.execute("rollback")
-
-
-@contextlib.asynccontextmanager
-async def canary_apart(to: str) -> AsyncIterator[list[float]]:
-    """Round trips of a canary on a loop of its own, as far as they are known: this loop plays the publisher."""
-    over = threading.Event()
-    trips: list[float] = []
-
-    async def sing() -> None:
-        canary = await Canary.open(to)
-        while not over.is_set():
-            await canary.sing(0.5)
-        trips.extend(canary.trips)
-        await canary.disconnect()
-
-    singing = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(sing())))
-    try:
-        yield trips
-    finally:
-        over.set()
-        await singing
 
 
 @contextlib.asynccontextmanager
@@ -154,8 +133,8 @@ async def test_s01_t14_an_hour_without_the_sink_loses_nothing_and_costs_no_memor
         took = time.monotonic() - began
         await stream.settle(60)
         print(f"drained in {took:.1f} s ({count / took:.0f}/s) beside {stream.sent - live} live messages; {growth}")
-        slowest = {name: max(trips) for name, trips in (("away", away), ("back", back))}
-        print(f"canary: {len(away)} and {len(back)} trips, slowest {slowest} s")
+        slowest = {name: song.slowest for name, song in (("away", away), ("back", back))}
+        print(f"canary: {len(away.trips)} and {len(back.trips)} trips, slowest {slowest} s")
         print(f"{store_bytes(running) >> 20} MiB of store at the end")
         await eventually(lambda: resilience.row_count(running) >= stream.acknowledged, "every row", 60, 0.2)
         resilience.fill(ledger, await asyncio.to_thread(resilience.rows, running))
@@ -192,7 +171,7 @@ async def test_s01_s27_an_outage_by_the_clock_is_survived_and_every_message_acco
         async def gone() -> bool:
             return bool((await command(running, "status"))["sinks"]["store"]["queued"] <= rate / 10)
 
-        async with canary_apart(url(running)) as trips, meanwhile(growth.watch(), keep_books()):
+        async with canary_apart(url(running)) as canary, meanwhile(growth.watch(), keep_books()):
             with locked(running.where / "telemetry.db"):
                 began = stream.sent
                 await stream.run(seconds)
@@ -209,11 +188,13 @@ async def test_s01_s27_an_outage_by_the_clock_is_survived_and_every_message_acco
             return None if found["queued"] else found
 
         entry = await eventually(settled, "an empty queue")
-        print(f"{missed} missed in {seconds} s, drained in {took:.1f} s; {growth}; canary at most {max(trips):.3f} s")
+        print(
+            f"{missed} missed in {seconds} s, drained in {took:.1f} s; {growth}; canary at most {canary.slowest:.3f} s"
+        )
         assert missed >= 0.98 * rate * seconds
         assert took <= 900
         assert max(growth.most.values()) <= GROWTH
-        assert max(trips) <= SLOWEST
+        assert canary.slowest <= SLOWEST
         assert looks >= seconds
         assert (entry["acked"], entry["dropped"], entry["dead_letters"], entry["queued"]) == (stream.sent, {}, 0, 0)
         resilience.fill(ledger, await asyncio.to_thread(resilience.rows, running))

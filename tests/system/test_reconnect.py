@@ -23,7 +23,8 @@ from tests.broker import Broker
 from tests.integration.fake_ldap import FakeLdap
 from tests.integration.http_service import service
 from tests.servers import PATIENCE
-from tests.system.resilience import SLOWEST, SOAK, canary_apart
+from tests.system.canary import canary_apart
+from tests.system.resilience import SLOWEST, SOAK
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -303,11 +304,10 @@ async def test_a40_a_thousand_at_once_and_a_service_that_takes_two_seconds(tmp_p
     )
     async with service(slow) as web_service, running(tmp_path, fragment.format(url=web_service.url)) as broker:
         to = f"mqtt://127.0.0.1:{broker.port}"
-        singing = asyncio.create_task(asyncio.to_thread(canary_apart, to, 6.0, username="canary", password=b"pw"))
-        crowd = Crowd(broker.port, 1_000, 0.2)
-        codes = Counter(await asyncio.gather(*(crowd.attempt(number) for number in range(1_000))))
-        status = await asyncio.to_thread(broker.status)
-        canary = await singing
+        async with canary_apart(to, username="canary", password="pw") as canary:
+            crowd = Crowd(broker.port, 1_000, 0.2)
+            codes = Counter(await asyncio.gather(*(crowd.attempt(number) for number in range(1_000))))
+            status = await asyncio.to_thread(broker.status)
         crowd.leave()
     print(f"{dict(codes)}, {web_service.most} calls at once, canary {canary.slowest * 1000:.0f} ms")
     assert set(codes) == {0, 0x89}

@@ -23,7 +23,8 @@ from tests.fragments import ldap
 from tests.integration.http_service import service
 from tests.servers import PATIENCE
 from tests.system import resilience
-from tests.system.resilience import Canary, ask, canary_apart
+from tests.system.canary import canary_apart
+from tests.system.resilience import ask
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -153,40 +154,36 @@ async def test_a15_a39_a_directory_that_is_gone_is_said_quickly_and_its_return_i
     with broker(tmp_path, fragments) as running:
         to = resilience.url(running)
         pid = running.pid
-        canary = await Canary.open(to)
         session = await Connection.connect(
             to, client_id="alice-live", handler=Handler(), username="alice", password=servers.PEOPLE["alice"]
         )
         assert (await login(to, "bob"))[0] == 0
         await asyncio.to_thread(directory.stop if how == "stopped" else directory.freeze)
-        singing = asyncio.create_task(canary.sing(40))
+        async with canary_apart(to) as canary:
+            # the first answers take the backend's deadline at most
+            first = await asyncio.gather(*(login(to, name, v) for name in ("alice", "bob", "carol") for v in (5, 4)))
+            assert [code for code, _ in first] == [code_of(v) for _ in range(3) for v in (5, 4)]
+            assert max(took for _, took in first) <= 3.5 * PATIENCE
+            # then the breaker is open: at once, a wrong password like a right one
+            began = time.monotonic()
+            quick: list[float] = []
+            while len(quick) < 20 and time.monotonic() - began < 20 * PATIENCE:
+                for version in (5, 4):
+                    code, took = await login(to, "dave", version, "wrong" if len(quick) % 3 else None)
+                    assert code == code_of(version)
+                    if took < 0.1:
+                        quick.append(took)
+            assert len(quick) >= 20, "the breaker never opened"
+            assert sorted(quick)[len(quick) // 2] <= 0.05 * PATIENCE
+            assert session.open, "who is in stays in"
 
-        # the first answers take the backend's deadline at most
-        first = await asyncio.gather(*(login(to, name, v) for name in ("alice", "bob", "carol") for v in (5, 4)))
-        assert [code for code, _ in first] == [code_of(v) for _ in range(3) for v in (5, 4)]
-        assert max(took for _, took in first) <= 3.5 * PATIENCE
-        # then the breaker is open: at once, a wrong password like a right one
-        began = time.monotonic()
-        quick: list[float] = []
-        while len(quick) < 20 and time.monotonic() - began < 20 * PATIENCE:
-            for version in (5, 4):
-                code, took = await login(to, "dave", version, "wrong" if len(quick) % 3 else None)
-                assert code == code_of(version)
-                if took < 0.1:
-                    quick.append(took)
-        assert len(quick) >= 20, "the breaker never opened"
-        assert sorted(quick)[len(quick) // 2] <= 0.05 * PATIENCE
-        assert session.open, "who is in stays in"
-
-        # and it comes back without us
-        await asyncio.to_thread(directory.start if how == "stopped" else directory.thaw)
-        began = time.monotonic()
-        while (await login(to, "bob"))[0] != 0:
-            assert time.monotonic() - began <= 10 * PATIENCE, ask(running, "status")["auth"]
-            await asyncio.sleep(0.1)
-        took = time.monotonic() - began
-        singing.cancel()
-        await asyncio.gather(singing, return_exceptions=True)
+            # and it comes back without us
+            await asyncio.to_thread(directory.start if how == "stopped" else directory.thaw)
+            began = time.monotonic()
+            while (await login(to, "bob"))[0] != 0:
+                assert time.monotonic() - began <= 10 * PATIENCE, ask(running, "status")["auth"]
+                await asyncio.sleep(0.1)
+            took = time.monotonic() - began
         print(
             f"directory {how}: first {max(t for _, t in first):.2f} s, then at most {max(quick) * 1000:.1f} ms, "
             f"back after {took:.1f} s, canary {canary.slowest * 1000:.1f} ms"
@@ -197,7 +194,6 @@ async def test_a15_a39_a_directory_that_is_gone_is_said_quickly_and_its_return_i
         assert session.open
         assert running.pid == pid
         session.abort()
-        canary.conn.abort()
 
 
 async def test_a15_a_directory_restarted_under_load_costs_no_more_than_its_absence(
@@ -310,30 +306,29 @@ async def test_p16_who_floods_while_its_login_hangs_is_not_read_and_closed_at_th
     """Twenty of them, ten megabytes each."""
     async with judged(tmp_path, 60.0) as (running, heard, _):
         loop = asyncio.get_running_loop()
-        singing = asyncio.create_task(asyncio.to_thread(canary_apart, resilience.url(running), 5.0))
-        await asyncio.sleep(0.5)
-        before = resilience.rss(running.pid)
-        began = time.monotonic()
-        flood = packets.encode_publish(b"t", bytes(1_000), 0, False, False, 0, 5) * 10_000
+        async with canary_apart(resilience.url(running)) as canary:
+            await asyncio.sleep(0.5)
+            before = resilience.rss(running.pid)
+            began = time.monotonic()
+            flood = packets.encode_publish(b"t", bytes(1_000), 0, False, False, 0, 5) * 10_000
 
-        async def one(number: int) -> float:
-            with socket.socket() as sock:
-                sock.setblocking(False)
-                await loop.sock_connect(sock, ("127.0.0.1", running.port))
-                await loop.sock_sendall(sock, hasty(5, f"m{number}"))
-                flooding = asyncio.create_task(loop.sock_sendall(sock, flood))
-                async with asyncio.timeout(30 * PATIENCE):
-                    with contextlib.suppress(ConnectionError):
-                        while await loop.sock_recv(sock, 4096):
-                            pass
-                assert not flooding.done() or flooding.exception(), "all of it was read"
-                flooding.cancel()
-                await asyncio.wait([flooding])
-                return time.monotonic() - began
+            async def one(number: int) -> float:
+                with socket.socket() as sock:
+                    sock.setblocking(False)
+                    await loop.sock_connect(sock, ("127.0.0.1", running.port))
+                    await loop.sock_sendall(sock, hasty(5, f"m{number}"))
+                    flooding = asyncio.create_task(loop.sock_sendall(sock, flood))
+                    async with asyncio.timeout(30 * PATIENCE):
+                        with contextlib.suppress(ConnectionError):
+                            while await loop.sock_recv(sock, 4096):
+                                pass
+                    assert not flooding.done() or flooding.exception(), "all of it was read"
+                    flooding.cancel()
+                    await asyncio.wait([flooding])
+                    return time.monotonic() - began
 
-        times = await asyncio.gather(*(one(number) for number in range(20)))
-        peak = resilience.rss(running.pid, "VmHWM") - before
-        canary = await singing
+            times = await asyncio.gather(*(one(number) for number in range(20)))
+            peak = resilience.rss(running.pid, "VmHWM") - before
         print(
             f"P-16: memory +{peak / 1e6:.1f} MB for twenty, closed after {min(times):.1f} to {max(times):.1f} s, "
             f"canary {canary.slowest * 1000:.0f} ms"

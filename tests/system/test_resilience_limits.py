@@ -23,7 +23,8 @@ from tests.broker import Broker, broker
 from tests.ledger import Ledger
 from tests.servers import PATIENCE
 from tests.system import resilience
-from tests.system.resilience import OPEN, SLOWEST, SOAK, Canary, Stream, ask, command, cpu, eventually, rss, until
+from tests.system.canary import canary_apart
+from tests.system.resilience import OPEN, SLOWEST, SOAK, Stream, ask, command, cpu, eventually, rss, until
 
 pytestmark = [pytest.mark.timeout(300 if SOAK else 120), *([pytest.mark.slow] if SOAK else [])]
 
@@ -183,7 +184,6 @@ def test_r02_a_full_listener_refuses_with_a_reason_counts_it_and_leaves_others_a
 async def test_p07_five_hundred_unfinished_logins_are_closed_in_time_and_cost_little(tmp_path: Path) -> None:
     """CONNECT announces 65 000 bytes, 64 999 come."""
     with broker(tmp_path, {"00-broker.toml": HASTY}) as running, crowd() as sockets:
-        canary = await Canary.open(resilience.url(running))
         before = rss(running.pid)
 
         def attack() -> list[float]:
@@ -196,7 +196,8 @@ async def test_p07_five_hundred_unfinished_logins_are_closed_in_time_and_cost_li
                 one.sendall(piece)
             return [at - opened[place] for place, at in closed_at(sockets, (DEADLINE + 5) * PATIENCE).items()]
 
-        times, _ = await asyncio.gather(asyncio.to_thread(attack), canary.sing(DEADLINE + 1.5))
+        async with canary_apart(resilience.url(running)) as canary:
+            times = await asyncio.to_thread(attack)
         peak = rss(running.pid, "VmHWM") - before
         print(
             f"P-07: closed {min(times):.1f} to {max(times):.1f} s after their accept, memory +{peak / 1e6:.0f} MB, "
@@ -207,12 +208,10 @@ async def test_p07_five_hundred_unfinished_logins_are_closed_in_time_and_cost_li
         assert max(times) <= DEADLINE + 1 * PATIENCE
         assert peak <= 500 * 65_536 + (8 << 20)
         assert canary.slowest <= SLOWEST
-        canary.conn.abort()
 
 
 async def test_p08_dripping_bytes_do_not_move_the_deadline_and_others_still_connect(tmp_path: Path) -> None:
     with broker(tmp_path, {"00-broker.toml": HASTY}) as running, crowd() as sockets:
-        canary = await Canary.open(resilience.url(running))
         packet = connect_packet("a-client-id-long-enough-to-drip")
         assert len(packet) > 2 * DEADLINE + 8
 
@@ -246,7 +245,8 @@ async def test_p08_dripping_bytes_do_not_move_the_deadline_and_others_still_conn
                 await asyncio.sleep(0.2)
             return 20
 
-        times, count, _ = await asyncio.gather(asyncio.to_thread(attack), newcomers(), canary.sing(DEADLINE + 2))
+        async with canary_apart(resilience.url(running)) as canary:
+            times, count = await asyncio.gather(asyncio.to_thread(attack), newcomers())
         print(
             f"P-08: {len(times)} closed {min(times):.1f} to {max(times):.1f} s after accept, "
             f"canary {canary.slowest * 1000:.0f} ms"
@@ -256,7 +256,6 @@ async def test_p08_dripping_bytes_do_not_move_the_deadline_and_others_still_conn
         assert min(times) >= DEADLINE - 0.5
         assert max(times) <= (DEADLINE + 2.0) * PATIENCE
         assert canary.slowest <= SLOWEST
-        canary.conn.abort()
 
 
 @pytest.mark.parametrize(("qos", "size", "rate"), [(0, 4_096, 1_000), (1, 4_096, 1_000), (0, 48, 20_000)])
@@ -275,7 +274,6 @@ async def test_r04_a_subscriber_that_reads_a_kilobyte_a_second_is_bounded_counte
         assert answered(slow, 5)
         ledger = Ledger()
         stream = await Stream([ledger], "fast", "data/x", rate, qos=qos, size=size).open(resilience.url(running))
-        canary = await Canary.open(resilience.url(running))
         before = rss(running.pid)
         began = time.monotonic()
         cut: list[float] = []
@@ -296,13 +294,12 @@ async def test_r04_a_subscriber_that_reads_a_kilobyte_a_second_is_bounded_counte
                 await asyncio.sleep(0.1)
             cut.append(time.monotonic() - began)
 
-        load = asyncio.create_task(stream.run(120))
-        singing = asyncio.create_task(canary.sing(120))
-        await sip()
-        peak = rss(running.pid, "VmHWM") - before
-        load.cancel()
-        singing.cancel()
-        await asyncio.gather(load, singing, return_exceptions=True)
+        async with canary_apart(resilience.url(running)) as canary:
+            load = asyncio.create_task(stream.run(120))
+            await sip()
+            peak = rss(running.pid, "VmHWM") - before
+            load.cancel()
+            await asyncio.gather(load, return_exceptions=True)
         status = await command(running, "status")
         dropped = status["messages"]["dropped"]
         print(
@@ -320,7 +317,6 @@ async def test_r04_a_subscriber_that_reads_a_kilobyte_a_second_is_bounded_counte
             lambda: slow.fileno() == -1 or _gone(running, "slow"), "the slow client's connection ended", 8, 0.1
         )
         stream.conn.abort()
-        canary.conn.abort()
 
 
 def _gone(running: Broker, client_id: str) -> bool:
@@ -401,7 +397,6 @@ def test_r11_one_payload_for_thousands_of_subscribers_is_one_copy(tmp_path: Path
 )
 async def test_r12_a_flood_of_nonsense_writes_ten_lines_a_second(nonsense: bytes, tmp_path: Path) -> None:
     with broker(tmp_path, {"00-broker.toml": OPEN}) as running:
-        canary = await Canary.open(resilience.url(running))
         seconds = 6.0 if SOAK else 1.6
         where = len(running.log())
 
@@ -418,7 +413,8 @@ async def test_r12_a_flood_of_nonsense_writes_ten_lines_a_second(nonsense: bytes
                         sent += 1
             return sent
 
-        sent, _ = await asyncio.gather(asyncio.to_thread(flood), canary.sing(seconds))
+        async with canary_apart(resilience.url(running)) as canary:
+            sent = await asyncio.to_thread(flood)
         await asyncio.sleep(1.3)  # the last summary
         lines = running.log()[where:].splitlines()
         by_second = Counter(line[:19] for line in lines)
@@ -433,7 +429,6 @@ async def test_r12_a_flood_of_nonsense_writes_ten_lines_a_second(nonsense: bytes
         assert len(lines) <= (seconds + 2) * 11
         assert any(re.search(r"\d+ more lines like this", line) for line in lines)
         assert canary.slowest <= SLOWEST
-        canary.conn.abort()
 
 
 async def test_r03_connections_that_never_speak_do_not_slow_the_canary(
@@ -441,7 +436,6 @@ async def test_r03_connections_that_never_speak_do_not_slow_the_canary(
 ) -> None:
     """As many new connections as one client can make, half of them silent."""
     with broker(tmp_path, {"00-broker.toml": HASTY}) as running, crowd() as sockets:
-        canary = await Canary.open(resilience.url(running))
 
         def storm() -> int:
             end = time.monotonic() + 3
@@ -452,10 +446,13 @@ async def test_r03_connections_that_never_speak_do_not_slow_the_canary(
                     one.sendall(connect_packet(f"c{len(sockets)}"))
             return len(sockets)
 
-        count, _ = await asyncio.gather(asyncio.to_thread(storm), canary.sing(6))
+        async with canary_apart(resilience.url(running)) as canary:
+            count = await asyncio.to_thread(storm)
+
+            async def silent_gone() -> bool:
+                return bool((await command(running, "status"))["listeners"]["tcp"]["connections"] <= count // 2 + 2)
+
+            await eventually(silent_gone, "the end of the silent half", DEADLINE + 2, 0.2)
         print(f"R-03: {count} connections, canary {canary.slowest * 1000:.0f} ms")
         record_property("slowest_round_trip_ms", round(canary.slowest * 1000, 1))
         assert canary.slowest <= SLOWEST
-        status = await command(running, "status")
-        assert status["listeners"]["tcp"]["connections"] <= count // 2 + 2, "the silent half is gone"
-        canary.conn.abort()

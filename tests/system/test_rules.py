@@ -14,7 +14,8 @@ from broker.client.session import NotTaken, Publisher
 from broker.mqtt.codes import PacketType
 from broker.mqtt.packets import Publish
 from tests.broker import Broker, broker
-from tests.system.resilience import SLOWEST, Canary, ask, eventually
+from tests.system.canary import Song, canary_apart
+from tests.system.resilience import SLOWEST, ask, eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -239,30 +240,27 @@ def test_z24_who_tries_ten_thousand_denied_topics_a_second_costs_the_others_noth
     """Z-24: the backend is asked once, at the login, for topics are judged by local rules; beyond the rate nothing is
     read."""
 
-    async def main(running: Broker) -> tuple[Canary, float, dict[str, Any]]:
+    async def main(running: Broker) -> tuple[Song, float, dict[str, Any]]:
         loop = asyncio.get_running_loop()
         to = ways(running)["tcp"]
         client = await login(to, "dev", "flood")
         before = ask(running, "status")
-        canary = await Canary.open(to, username="root", password=b"pw")
-        singing = asyncio.create_task(canary.sing(4.0, 0.05))
-        began = loop.time()
-        for start in range(0, 10_000, 100):
-            for n in range(start, start + 100):
-                client.conn.publish(f"denied/{n}", b"x")
-            await asyncio.sleep(0.01)  # ten thousand a second
-        refused = [await code(client, f"denied/again/{n}") for n in range(5)]
-        took = loop.time() - began
-        assert refused == [0x87] * 5
-        assert await client.conn.subscribe([(f"denied/{n}/#", 0) for n in range(100)]) == [0x87] * 100
-        await singing
+        async with canary_apart(to, username="root", password="pw") as canary:
+            began = loop.time()
+            for start in range(0, 10_000, 100):
+                for n in range(start, start + 100):
+                    client.conn.publish(f"denied/{n}", b"x")
+                await asyncio.sleep(0.01)  # ten thousand a second
+            refused = [await code(client, f"denied/again/{n}") for n in range(5)]
+            took = loop.time() - began
+            assert refused == [0x87] * 5
+            assert await client.conn.subscribe([(f"denied/{n}/#", 0) for n in range(100)]) == [0x87] * 100
         after = ask(running, "status")
         counts = [status["messages"]["dropped"].get("unauthorized", 0) for status in (before, after)]
         assert counts[1] - counts[0] == 10_005, "all are counted"
         assert after["auth"]["people"]["calls"] - before["auth"]["people"]["calls"] == 1, "the canary's login"
         assert canary.lost == 0
         await client.disconnect()
-        await canary.disconnect()
         return canary, took, after["access"]
 
     text = TABLE.replace("[auth.people]", "[access]\ndeny_rate = 2000\n[auth.people]", 1)

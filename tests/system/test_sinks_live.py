@@ -27,8 +27,9 @@ from tests.ledger import Ledger
 from tests.proxy import Proxy
 from tests.servers import PATIENCE, free_port
 from tests.system import resilience
+from tests.system.canary import canary_apart
 from tests.system.durability import ROOM, says, store_bytes
-from tests.system.resilience import SLOWEST, SOAK, Canary, Stream, command, eventually
+from tests.system.resilience import SLOWEST, SOAK, Stream, command, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -111,10 +112,8 @@ async def test_s30_one_dead_and_one_slow_sink_hold_up_neither_eight_healthy_ones
         with broker(tmp_path, fragments) as running:
             for number in range(8):
                 await asyncio.to_thread(resilience.wait_running, running, "sinks", f"well-{number}")
-            canary = await Canary.open(resilience.url(running))
             async with streaming(running, [ledger := Ledger()], rate) as stream:
                 await stream.run(1)
-                canary.trips.clear()
                 behind: list[int] = []
 
                 async def watch() -> None:
@@ -123,7 +122,8 @@ async def test_s30_one_dead_and_one_slow_sink_hold_up_neither_eight_healthy_ones
                         sinks = (await command(running, "status"))["sinks"]
                         behind.append(max(sinks[f"well-{number}"]["queued"] for number in range(8)))
 
-                await asyncio.gather(stream.run(seconds), canary.sing(seconds), watch())
+                async with canary_apart(resilience.url(running)) as canary:
+                    await asyncio.gather(stream.run(seconds), watch())
                 await stream.settle()
                 sinks = (await command(running, "status"))["sinks"]
                 print(f"{stream.acknowledged} messages; healthy ones at most {max(behind)} behind, {dead.counts}")
@@ -152,6 +152,32 @@ def stored(path: Path) -> list[bytes]:
         return [row[0] for row in db.execute("select cast(payload as blob) from messages order by rowid")]
 
 
+class Burst:
+    """Numbered messages to a sink's queue: which the broker answered for, which it refused."""
+
+    def __init__(self, publisher: Publisher, size: int) -> None:
+        self.publisher = publisher
+        self.size = size
+        self.promised: list[int] = []
+        self.refused: list[int] = []
+
+    async def send(self, numbers: range) -> None:
+        """All of them, in this order, as far as the broker's window lets them."""
+        await asyncio.gather(*map(self._one, numbers))
+
+    async def _one(self, number: int) -> None:
+        try:
+            await self.publisher.publish("telemetry/x", b"%0*d" % (self.size, number), 1)
+        except NotTaken:
+            self.refused.append(number)
+        else:
+            self.promised.append(number)
+
+
+def numbers(http: Service) -> list[int]:
+    return [int(payload[-9:]) for payload in received(http)]
+
+
 @pytest.mark.parametrize("overflow", ["block", "reject", "drop_oldest", "drop_newest"])
 async def test_s05_a_full_queue_does_what_it_is_told_and_never_holds_more_than_its_quota(
     tmp_path: Path, overflow: str
@@ -165,18 +191,15 @@ async def test_s05_a_full_queue_does_what_it_is_told_and_never_holds_more_than_i
         tmp_path, {"00-broker.toml": ROOM, "30-sink.toml": SINK.format(name="store", port=port, more=more)}
     ) as running:
         publisher = await Publisher.connect(resilience.url(running), client_id="device")
-        promised: list[int] = []
-        refused: list[int] = []
-
-        async def one(number: int) -> None:
-            try:
-                await publisher.publish("telemetry/x", b"%0*d" % (size, number), 1)
-            except NotTaken:
-                refused.append(number)
-            else:
-                promised.append(number)
-
-        publishing = asyncio.gather(*map(one, range(count)))
+        burst = Burst(publisher, size)
+        promised, refused = burst.promised, burst.refused
+        # a worker that still takes messages makes room amid the burst: its hands are full before that
+        in_hand = IN_HAND // size + 1
+        for first in range(0, in_hand, 50):
+            await burst.send(range(first, min(first + 50, in_hand)))
+            await until(running, lambda sink: sink["queued_bytes"] == 0, "the way to the worker", 60)
+        await until(running, lambda sink: sink.get("in_flight") == in_hand, "the worker's having them", 60)
+        publishing = asyncio.ensure_future(burst.send(range(in_hand, count)))
         most = 0
 
         async def full() -> bool:
@@ -187,19 +210,21 @@ async def test_s05_a_full_queue_does_what_it_is_told_and_never_holds_more_than_i
         await eventually(full, "the end of the queue's room", 60, 0.02)
         await asyncio.sleep(0.5)
         status = await entry(running)
-        assert quota - 2 * size < max(most, status["queued_bytes"]) <= quota
+        assert quota - 2 * size < status["queued_bytes"] <= quota
+        assert most <= quota
         assert store_bytes(running) <= quota + IN_HAND + SEGMENT
         lost = status["dropped"].get("queue_full", 0)
+        held = status["queued"]
+        assert held == in_hand + quota // size
         if overflow == "block":
             assert not publishing.done()
             assert (refused, lost, status["refused"]) == ([], 0, 0)
             assert "its queue is full" not in running.log()
-            # the worker's hands are full behind the last message it takes
-            assert len(promised) * size <= quota + IN_HAND + size
+            assert len(promised) == held
         else:
             assert len(promised) == count - len(refused)
-            assert len(refused) == (count - status["queued"] if overflow == "reject" else 0)
-            assert lost == (0 if overflow == "reject" else count - status["queued"])
+            assert len(refused) == (count - held if overflow == "reject" else 0)
+            assert lost == (0 if overflow == "reject" else count - held)
             assert lost + len(refused) > 0
             total = (await command(running, "status"))["messages"]["dropped"]
             assert total == {"queue_full": lost + len(refused)}
@@ -208,15 +233,60 @@ async def test_s05_a_full_queue_does_what_it_is_told_and_never_holds_more_than_i
         async with service(lambda request, body: web.Response(status=204), port=port) as http:
             await asyncio.wait_for(publishing, 60 * PATIENCE)
             await until(running, lambda sink: sink["queued"] == 0, "the end of the queue", 60)
-            got = [int(payload[-9:]) for payload in received(http)]
+            got = numbers(http)
         await publisher.disconnect()
         print(f"{overflow}: {len(got)} stored, {lost} dropped, {len(refused)} refused, at most {most} bytes queued")
-        if overflow == "drop_oldest":  # the worker had the very first in its hands
-            first = next(n for n in range(count) if n >= len(got) or got[n] != n)
-            assert got == [*range(first), *range(count - (len(got) - first), count)]
+        if overflow == "block":
+            assert got == list(range(count))
+        elif overflow == "drop_oldest":
+            assert got == [*range(in_hand), *range(count - held + in_hand, count)]
         else:
-            assert got == list(range(len(got)))
-        assert len(got) == count - lost - len(refused)
+            assert got == list(range(held))
+
+
+@pytest.mark.parametrize("overflow", ["reject", "drop_oldest", "drop_newest"])
+async def test_s05_a_queue_that_has_room_again_amid_a_burst_takes_messages_again(tmp_path: Path, overflow: str) -> None:
+    """S-05: the worker stands still while the queue fills and goes on while messages still come: what is stored is what
+    was promised and not counted as dropped, in its order."""
+    quota, size, count = 1_000_000, 16_000, 900
+    more = f'queue = {{ max_bytes = {quota}, overflow = "{overflow}" }}'
+    async with service(lambda request, body: web.Response(status=204)) as http:
+        sink = SINK.format(name="store", port=http.port, more=more)
+        with broker(tmp_path, {"00-broker.toml": ROOM, "30-sink.toml": sink}) as running:
+            await asyncio.to_thread(resilience.wait_running, running, "sinks", "store")
+            worker = (await entry(running))["pid"]
+            publisher = await Publisher.connect(resilience.url(running), client_id="device")
+            burst = Burst(publisher, size)
+            most = 0
+            os.kill(worker, signal.SIGSTOP)
+            try:
+                await burst.send(range(count))
+                most = (await entry(running))["queued_bytes"]
+                last = asyncio.ensure_future(burst.send(range(count, 2 * count)))
+                await eventually(lambda: len(burst.promised) + len(burst.refused) > count, "an answer", 30, 0.001)
+            finally:
+                os.kill(worker, signal.SIGCONT)
+            await last
+            status = await until(running, lambda sink: sink["queued"] == 0, "the end of the queue", 60)
+            await burst.send(range(2 * count, 2 * count + 10))
+            await until(running, lambda sink: sink["queued"] == 0, "those behind it")
+            await publisher.disconnect()
+            lost = status["dropped"].get("queue_full", 0)
+            got = numbers(http)
+    print(f"{overflow}: {len(got)} stored, {lost} dropped, {len(burst.refused)} refused")
+    room = quota // (size + 100)
+    assert quota - 2 * size < most <= quota
+    assert got == sorted(set(got)), "in their order, once"
+    assert got[-10:] == list(range(2 * count, 2 * count + 10)), "it takes messages again"
+    assert len(got) == 2 * count + 10 - lost - len(burst.refused)
+    assert sorted([*burst.promised, *burst.refused]) == list(range(2 * count + 10))
+    assert lost + len(burst.refused) >= count // 2
+    if overflow == "reject":
+        assert (got, lost) == (sorted(burst.promised), 0)
+    elif overflow == "drop_newest":
+        assert (got[:room], burst.refused) == (list(range(room)), [])
+    else:
+        assert (got[-room - 10 : -10], burst.refused) == (list(range(2 * count - room, 2 * count)), [])
 
 
 async def test_s26_what_comes_with_a_message_is_carried_and_its_id_is_the_same_each_time(tmp_path: Path) -> None:

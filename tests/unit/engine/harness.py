@@ -21,6 +21,7 @@ class Link:
     def __init__(self) -> None:
         self.written = bytearray()
         self.closed = False
+        self.aborted = False
         self.reading = True
 
     def write(self, data: bytes) -> None:
@@ -31,7 +32,7 @@ class Link:
         self.closed = True
 
     def abort(self) -> None:
-        self.closed = True
+        self.closed = self.aborted = True
 
     def pause_reading(self) -> None:
         self.reading = False

@@ -686,6 +686,35 @@ def test_a_full_stored_queue_may_block() -> None:
     assert p.bytes() == b"".join(ack(PUBACK, i + 1) for i in range(3, 6))
 
 
+@pytest.mark.parametrize("more", [1, 100, LOAD, LOAD + 100, 4 * LOAD])
+def test_s05_a_queue_that_is_being_read_back_keeps_to_its_quota_too(more: int) -> None:
+    """S-05: the oldest go, those that are being read among them."""
+    bench = StoredBench()
+    count = 3 * LOAD
+    bench.engine.instances.ensure("x", spec(max_bytes=8 * count, overflow="drop_oldest"))
+    session = bench.engine.sessions["isthmus/x/0"]
+    p = bench.client("p")
+    for i in range(count):
+        p.publish("t/1", b"%05d" % i, 1, ident=i + 1)
+    bench.commit()
+    w = worker(bench)
+    while not bench.store.reads:
+        bench.store.step() if bench.store.commits else bench.fire()
+        bench.settle()
+    for i in range(count, count + more):
+        p.publish("t/1", b"%05d" % i, 1, ident=i + 1)
+        assert session.queue_bytes <= 8 * count
+    assert session.dropped == {"queue_full": more}
+    bench.commit()
+    messages = [packet for packet in w.take() if isinstance(packet, packets.Publish)]
+    assert [int(m.payload) for m in messages] == list(range(more, count + more))
+    w.send(b"".join(ack(PUBACK, m.packet_id) for m in messages))
+    bench.commit()
+    check(bench)
+    assert (session.queued, session.queue_bytes) == (0, 0)
+    assert not bench.restart().engine.sessions["isthmus/x/0"].queued
+
+
 def test_what_waits_in_memory_grows_too_old_as_well() -> None:
     bench = StoredBench(max_queued_age=10.0, max_inflight=1)
     s = subscribed(bench, "s", "t")
@@ -844,16 +873,18 @@ def test_one_session_that_cannot_end_does_not_keep_the_others(
     """D-23"""
     for name in ("a", "bad", "c"):
         subscribed(bench, name, "t", version=5, session_expiry_interval=60).drop()
-    end = bench.engine.end_session
+    owed = bench.engine.subscriptions.owed
+    forget = owed.forget
 
     def broken(session: Any) -> None:
         if session.client_id == "bad":
             raise ValueError("a bad record")
-        end(session)
+        forget(session)
 
-    monkeypatch.setattr(bench.engine, "end_session", broken)
+    monkeypatch.setattr(owed, "forget", broken)
     bench.pass_time(100, 1)
-    assert set(bench.engine.sessions) == {"bad"}
+    assert not bench.engine.sessions
+    assert bench.engine.core.events["internal_error"] == 1
 
 
 # damage and names -------------------------------------------------------------------------------------------------

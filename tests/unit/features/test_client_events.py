@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
+from broker.engine.engine import Engine
 from broker.engine.message import Message
 from broker.extend.session import SessionSpec
 from broker.features.client_events import ClientEvents
@@ -44,6 +46,17 @@ class Watched(Bench):
 
     def names(self) -> list[str]:
         return [said["event"] for said in self.heard()]
+
+
+class Instead:
+    """The engine, with another way to publish."""
+
+    def __init__(self, engine: Any, publish: Callable[[Message], int]) -> None:
+        self._engine = engine
+        self.publish = publish
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 @pytest.fixture
@@ -178,18 +191,22 @@ def test_clients_that_were_here_before_get_their_end(bench: Watched) -> None:
 def test_the_events_of_a_client_carry_its_names(bench: Watched) -> None:
     """Rules, keys and lanes of a sink go by who the client is."""
     seen: list[Message] = []
-    publish = bench.engine.publish
-    bench.engine.publish = lambda message, publisher=None: (seen.append(message), publish(message, publisher))[1]  # type: ignore[method-assign]
+
+    def publish(message: Message) -> int:
+        seen.append(message)
+        return bench.engine.publish(message)
+
+    bench.events._engine = cast(Engine, Instead(bench.engine, publish))
     bench.client("dev", username="alice", version=5, session_expiry_interval=9).drop()
     assert {(m.origin.client_id, m.origin.username, m.origin.peerhost) for m in seen} == {("dev", "alice", "127.0.0.1")}
     assert {(m.qos, m.retain) for m in seen} == {(1, False)}
 
 
 def test_an_event_that_cannot_be_published_harms_nobody(bench: Watched, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(message: Message, publisher: Any = None) -> int:
+    def broken(message: Message) -> int:
         raise RuntimeError("injected")
 
-    bench.engine.publish = broken  # type: ignore[method-assign]
+    bench.events._engine = cast(Engine, Instead(bench.engine, broken))
     client = bench.client("dev")
     assert client.connack.code == 0
     assert client.subscribe("a") == [0]

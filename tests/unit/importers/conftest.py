@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from broker.cli.main import program
 from tests import servers
-from tests.unit.importers.imported import Import, Imported, merge
+from tests.unit.importers.imported import Import, Imported, invoke, merge
 
 
 @pytest.fixture
@@ -26,7 +24,7 @@ def run(tmp_path: Path) -> Import:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(inner)
         conf = tmp_path / "out" / "conf.d"
-        result = CliRunner().invoke(program, ["import", kind, str(source), "--out", str(conf)])
+        result = invoke(kind, source, conf)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         values: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from broker.cli.main import program
 from tests import servers
@@ -35,6 +35,33 @@ class Imported:
         return [row.removeprefix(f"{self.source}:") for row in rows]
 
     @property
+    def lost_at(self) -> list[list[str]]:
+        """Line and key of each of them."""
+        return [row.split(": ")[:2] for row in self.lost]
+
+    @property
+    def lost_keys(self) -> list[str]:
+        """The key of each of them."""
+        return [key for _, key in self.lost_at]
+
+    def sound(self) -> Path:
+        """The import succeeded and `check` accepts what it wrote. The folder of the source."""
+        assert self.code == 0, self.stderr
+        assert self.check() == (0, "")
+        return self.source.parent
+
+    def refused(self, text: str) -> None:
+        """Nothing was written, and this is why: ``LINE: TEXT``."""
+        assert (self.code, self.stdout, self.stderr) == (2, "", f"{self.source}:{text}\n")
+        assert not self.conf.exists()
+
+    def hides(self, word: str, *names: str) -> None:
+        """This secret stands in these fragments alone, which only their owner may read, and is not printed."""
+        assert {name for name, text in self.written.items() if word in text} == set(names)
+        assert {self.mode(name) for name in names} == {0o600}
+        assert word not in self.stdout + self.stderr
+
+    @property
     def written(self) -> dict[str, str]:
         """Text by name of each fragment."""
         return {path.name: path.read_text() for path in sorted(self.conf.glob("*.toml"))}
@@ -57,6 +84,11 @@ class Imported:
 
 
 Import = Callable[..., Imported]
+
+
+def invoke(kind: str, source: Path, folder: Path, *more: str) -> Result:
+    """`isthmus import` of a file that is there."""
+    return CliRunner().invoke(program, ["import", kind, str(source), "--out", str(folder), *more])
 
 
 def merge(into: dict[str, Any], values: dict[str, Any]) -> None:
@@ -90,6 +122,8 @@ BRIDGE = f"{LISTENER}connection b\naddress 127.0.0.1:1884\ntopic a/#\n"
 """The least a mosquitto.conf needs."""
 
 
+EMQX_BROKER = {"name": "emqx-10.20.0.5", "data": "data", "durability": "flush"}
+"""What `node.name = emqx@10.20.0.5` becomes, and what is always written."""
 EMQX5 = 'listeners.tcp.default.bind = "127.0.0.1:1883"\nlisteners.ws.default.enable = false\n'
 """The least an emqx.conf of EMQX 5 needs."""
 

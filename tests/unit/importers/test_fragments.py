@@ -9,13 +9,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from broker.cli.main import program
 from broker.config.problems import ConfigError
 from broker.importers.findings import Findings, Secret
 from broker.importers.fragments import Fragment, Taken, land, render, settle
 from tests.unit.importers import test_emqx4, test_emqx5, test_mosquitto
+from tests.unit.importers.imported import LISTENER, invoke
 
 VALUES = [
     "plain",
@@ -46,7 +45,9 @@ def test_every_value_is_read_back_as_it_was(tmp_path: Path, value: object) -> No
         assert read == value
 
 
-@pytest.mark.parametrize("value", [Secret("x"), [Secret("x")], {"a": {"b": Secret("x")}}])
+@pytest.mark.parametrize(
+    "value", ["mysql://u:p@h/d", ["u:p@h:1"], Secret("x"), [Secret("x")], {"a": {"b": Secret("x")}}]
+)
 def test_a_secret_anywhere_hides_its_fragment(tmp_path: Path, value: object) -> None:
     found = Findings(tmp_path / "source.conf")
     found.table("bridges", "b").set("key", value)
@@ -83,6 +84,33 @@ def test_secrets_are_hidden_from_the_first_byte_whatever_the_umask(tmp_path: Pat
     assert [path.stat().st_mode & 0o777 for path in paths] == [0o600, 0o644]
 
 
+def test_more_tables_than_anybody_writes_are_refused(tmp_path: Path) -> None:
+    """In time: a file of four megabytes may hold a hundred thousand."""
+    source = tmp_path / "mosquitto.conf"
+    source.write_text("".join(f"listener {port} 127.0.0.1\n" for port in range(1, 60_000)))
+    done = invoke("mosquitto", source, tmp_path / "conf.d")
+    assert done.exit_code == 2
+    assert done.stderr == f"{source}:1001: more than 1000 listeners, backends, sinks and bridges\n"
+
+
+def test_control_characters_of_a_source_are_shown_and_not_sent_to_the_terminal(tmp_path: Path) -> None:
+    source = tmp_path / "mosquitto.conf"
+    source.write_text("\x1b[31mred a\n\x1b[31mred b\n")
+    done = invoke("mosquitto", source, tmp_path / "conf.d")
+    assert (done.exit_code, done.stderr) == (2, f"{source}:2: \\x1b[31mred stands in {source}:1 already\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["listener \u00b2\n", f"listener {'1' * 5000}\n", f"{LISTENER}max_connections {'1' * 5000}\n"]
+)
+def test_digits_that_are_no_number_of_ours(tmp_path: Path, text: str) -> None:
+    source = tmp_path / "mosquitto.conf"
+    source.write_text(text)
+    done = invoke("mosquitto", source, tmp_path / "conf.d")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"{source}:")
+
+
 def test_what_cannot_be_put_right_is_said(tmp_path: Path) -> None:
     found = Findings(tmp_path / "source.conf")
     found.table("limits").set("max_inflight", 5)
@@ -99,7 +127,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    done = CliRunner().invoke(program, ["import", "mosquitto", str(source), "--out", str(conf)])
+    done = invoke("mosquitto", source, conf)
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == f"{conf}: No space left on device; nothing was written\n"
     assert list(conf.iterdir()) == []
@@ -108,7 +136,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_below_a_file(tmp_path: Path) -> None:
     source = tmp_path / "mosquitto.conf"
     source.write_text("listener 1883 127.0.0.1\n")
-    done = CliRunner().invoke(program, ["import", "mosquitto", str(source), "--out", str(source / "conf.d")])
+    done = invoke("mosquitto", source, source / "conf.d")
     assert done.exit_code == 2
     assert "is not a folder" in done.stderr
 
@@ -129,7 +157,7 @@ def test_c14_a_damaged_source_ends_as_a_result_or_a_sentence(tmp_path: Path, kin
             damaged[chance.randrange(len(damaged))] = chance.choice("\"'{}[]=.,:#$%\\ \n\x01é9-")
         source = tmp_path / f"{number}.conf"
         source.write_text("".join(damaged))
-        done = CliRunner().invoke(program, ["import", kind, str(source), "--out", str(tmp_path / str(number))])
+        done = invoke(kind, source, tmp_path / str(number))
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exc_info
         assert done.exit_code in (0, 2)
         assert done.exit_code == 0 or f"{source}:" in done.stderr

@@ -41,6 +41,8 @@ VALUES: list[tuple[str, dict[str, tuple[Any, int]]]] = [
     ("a = { b = 1 }\na { c = 2 }", {"a.b": (1, 1), "a.c": (2, 2)}),
     ("a { b = 1 }\na = { b = 2 }", {"a.b": (2, 2)}),
     ("a { b = 1 }\na = 5", {"a": (5, 2)}),
+    (r'a = "\ud83d\ude00"', {"a": ("\U0001f600", 1)}),
+    (f"a = {'1' * 5000}", {"a": ("1" * 5000, 1)}),
     ("a = 5\na { b = 1 }", {"a.b": (1, 2)}),
     ("a =\n  5", {"a": (5, 1)}),
     ("{ a = 1 }", {"a": (1, 1)}),
@@ -70,11 +72,15 @@ WRONG = [
     ('a = "x', "1: a: the value is missing"),
     ('a = """x', '1: a text begins with """ and never ends'),
     ("\nnonsense\n", "2: nonsense: expected = or { after the key"),
+    ('\npassword."s3cret"\n', "2: expected = or { after the key"),
     ("= 5", "1: expected the name of a setting before '='"),
     ("a = ${b}", "1: a: there is no b to refer to"),
     ("a = ${a}", "1: a: there is no a to refer to"),
     ("a = ${b}\nb = ${a}", "1: a: there is no b to refer to"),
     ("b = 1\na = x${b}", "2: a: a reference inside a text is not understood here; write the text out"),
+    (r'a = "\ud800"', "1: a text holds half a character"),
+    (r'a = "x\u0000"', "1: a text holds a NUL character"),
+    ("b = [1]\na = ${b}\na += 2", "3: a: adding to a reference is not understood here; write the list out"),
     ("a = { b = 1 } c", "1: a: a table or list and a text stand side by side"),
 ]
 
@@ -98,6 +104,11 @@ def test_an_included_file_stands_where_it_is_included(tmp_path: Path) -> None:
     root = read(tmp_path, 'a { include "more.conf" }\nb = 1\n')
     found = {leaf.key: (leaf.value, leaf.place.file, leaf.place.line) for leaf in root.leaves()}
     assert found == {"a.b": (2, f"{tmp_path}/more.conf", 2), "b": (1, f"{tmp_path}/emqx.conf", 2)}
+
+
+def test_an_included_file_that_is_required_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"gone\.conf: cannot be read"):
+        read(tmp_path, 'include required(file("gone.conf"))\n')
 
 
 def test_a_file_that_includes_itself_ends(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ TOPICS: list[tuple[str, dict[str, Any]]] = [
     ("a/# in", {"filter": "a/#", "direction": "in", "qos": 0}),
     ("a/# both 2", {"filter": "a/#", "direction": "both", "qos": 2}),
     ("a/# out 1 l/", {"filter": "a/#", "direction": "out", "qos": 1, "local_prefix": "l/"}),
+    ("a/# OUT 1", {"filter": "a/#", "direction": "out", "qos": 1}),
     ('a/# in 1 "" r/', {"filter": "a/#", "direction": "in", "qos": 1, "remote_prefix": "r/"}),
     (
         "a/# both 1 l/ r/",
@@ -32,6 +33,7 @@ BRIDGES: list[tuple[str, str, Any]] = [
     ("cleansession true", "clean_session", True),
     ("keepalive_interval 15", "keep_alive", "15s"),
     ("restart_timeout 20", "restart", {"base": "20s", "cap": "20s"}),
+    ("restart_timeout 0", "restart", {"base": "1s", "cap": "1s"}),
     ("notifications false", "notifications", False),
     ("notification_topic state/b", "notification_topic", "state/b"),
     ("try_private false", "try_private", False),
@@ -43,7 +45,6 @@ BRIDGES: list[tuple[str, str, Any]] = [
     ("bridge_bind_address 127.0.0.1", "bind_address", "127.0.0.1"),
     ("start_type manual", "enabled", False),
     ("bridge_tls_use_os_certs true", "servers", ["mqtts://127.0.0.1:1884"]),
-    ("bridge_tls_use_os_certs true\nbridge_insecure true", "tls", {"insecure": True}),
 ]
 
 
@@ -61,6 +62,25 @@ def test_bridges(run: Import, line: str, key: str, value: Any) -> None:
     assert done.lost == []
     assert done.at(f"bridges.b.{key}") == value
     assert done.check() == (0, "")
+
+
+def test_a_name_that_was_not_verified_does_not_make_the_certificate_worthless(run: Import) -> None:
+    """bridge_insecure still verified the certificate; tls.insecure would not."""
+    done = run("mosquitto", f"{BRIDGE}bridge_tls_use_os_certs true\nbridge_insecure true\n")
+    assert done.at("bridges.b.tls") is None
+    assert done.lost_at == [["6", "bridge_insecure"]]
+    assert done.check() == (0, "")
+
+
+def test_certificates_of_a_bridge_that_does_not_speak_tls_are_told(run: Import) -> None:
+    done = run("mosquitto", f"{BRIDGE}bridge_certfile a.pem\nbridge_keyfile a.key\n")
+    assert done.at("bridges.b.servers") == ["mqtt://127.0.0.1:1884"]
+    assert done.lost_at == [["5", "bridge_certfile"], ["6", "bridge_keyfile"]]
+    assert done.check() == (0, "")
+
+
+def test_the_client_id_mosquitto_makes_up_is_another_here(run: Import) -> None:
+    assert "HOST.NAME" in run("mosquitto", BRIDGE).written["40-bridge-b.toml"]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +110,12 @@ def test_a_bridge_and_its_shared_key(run: Import) -> None:
     assert done.mode("40-bridge-b.toml") == 0o600
     assert "00ff" not in done.stdout
     assert done.check() == (0, "")
+
+
+def test_a_password_before_the_name_of_a_host_is_hidden(run: Import) -> None:
+    done = run("mosquitto", f"{LISTENER}connection b\naddress u:s3cret@hq:1884\ntopic a\n")
+    assert done.at("bridges.b.enabled") is False
+    done.hides("s3cret", "40-bridge-b.toml")
 
 
 def test_bridges_of_one_name_are_two(run: Import) -> None:

@@ -108,6 +108,34 @@ def test_redis(run: Import) -> None:
             "${username}:sacls": "subscribe",
         },
     }
+    assert done.lost_at == [["2", "auth_opt_backends"]]
+    assert done.check() == (0, "")
+
+
+def test_backends_are_asked_in_their_order_after_the_files(run: Import) -> None:
+    options = f"auth_opt_backends redis, postgres\n{POSTGRES}"
+    text = f"plugin /usr/lib/go-auth.so\n{options}password_file passwd\n{LISTENER}"
+    done = run("mosquitto", text, {"passwd": PASSWORDS})
+    assert done.at("access.order") == ["accounts", "redis", "postgresql"]
+    assert done.check() == (0, "")
+
+
+@pytest.mark.parametrize("name", ["disable_superuser", "pg_disable_superuser"])
+def test_where_nobody_was_a_superuser_nobody_is(run: Import, name: str) -> None:
+    options = f"auth_opt_backends postgres, redis\n{POSTGRES}auth_opt_{name} true\n"
+    done = run("mosquitto", f"plugin /usr/lib/go-auth.so\n{options}{LISTENER}")
+    assert done.at("auth.postgresql.superuser") is None
+    assert (done.at("auth.redis.super_cmd") is None) is (name == "disable_superuser")
+    assert not [row for row in done.lost if "superuser" in row]
+    assert done.check() == (0, "")
+
+
+@pytest.mark.parametrize(("mode", "told"), [("require", True), ("verify-ca", False), ("verify-full", False)])
+def test_a_certificate_that_was_not_verified_is_now_and_that_is_told(run: Import, mode: str, told: bool) -> None:
+    options = f"auth_opt_backends postgres\nauth_opt_pg_host db.example\nauth_opt_pg_sslmode {mode}\n"
+    done = run("mosquitto", f"plugin /usr/lib/go-auth.so\n{options}{LISTENER}")
+    assert done.at("auth.postgresql.tls") is True
+    assert done.lost_at == ([["4", "auth_opt_pg_sslmode"]] if told else [])
     assert done.check() == (0, "")
 
 
@@ -116,7 +144,7 @@ def test_backends_there_are_not_and_other_options_are_told(run: Import) -> None:
     text = f"auth_plugin /usr/lib/go-auth.so\n{options}auth_opt_cache true\n{LISTENER}"
     done = run("mosquitto", text, {"passwd": PASSWORDS})
     assert list(done.at("auth")) == ["files"]
-    assert [row.split(": ")[:2] for row in done.lost] == [
+    assert done.lost_at == [
         ["2", "auth_opt_backends"],
         ["3", "auth_opt_grpc_host"],
         ["5", "auth_opt_cache"],
@@ -129,7 +157,7 @@ def test_rights_asked_for_in_another_way_are_told(run: Import) -> None:
     options = f"auth_opt_backends postgres\n{POSTGRES.splitlines()[0]}\n{query}\n"
     done = run("mosquitto", f"auth_plugin /usr/lib/go-auth.so\n{options}{LISTENER}")
     assert done.at("auth.postgresql.authorize") == ""
-    assert [row.split(": ")[:2] for row in done.lost] == [["4", "auth_opt_pg_aclquery"]]
+    assert done.lost_at == [["4", "auth_opt_pg_aclquery"]]
 
 
 def test_a_listener_that_loads_it_asks_it(run: Import) -> None:
@@ -142,4 +170,17 @@ def test_a_listener_that_loads_it_asks_it(run: Import) -> None:
         "tcp": ["postgresql"],
         "tcp-1884": ["everything"],
     }
+    assert done.check() == (0, "")
+
+
+def test_listeners_that_tell_it_different_things_ask_different_backends(run: Import) -> None:
+    """C-10"""
+    text = (
+        "per_listener_settings true\nlistener 1883 127.0.0.1\nplugin /usr/lib/go-auth.so\n"
+        f"auth_opt_backends postgres\n{POSTGRES}listener 1884 127.0.0.1\nplugin /usr/lib/go-auth.so\n"
+        "auth_opt_backends redis\n"
+    )
+    done = run("mosquitto", text)
+    assert done.at("listeners.tcp.auth") == ["postgresql"]
+    assert done.at("listeners.tcp-1884.auth") == ["redis"]
     assert done.check() == (0, "")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from broker.access.chain import Decision
+from broker.access.gate import AccessGate
+from broker.config.settings import load_settings
+from broker.extend.auth import Client
 from tests import servers
-from tests.unit.importers.imported import LISTENER, PASSWORDS, RULES, Import, tls_files
+from tests.unit.importers.imported import LISTENER, PASSWORDS, RULES, Import, Imported, tls_files
 
 LISTENERS: list[tuple[str, dict[str, Any]]] = [
     ("listener 1884 127.0.0.1", {"tcp": {"bind": "127.0.0.1:1884"}}),
@@ -20,11 +25,17 @@ LISTENERS: list[tuple[str, dict[str, Any]]] = [
     ("listener 1884\nsocket_domain ipv4", {"tcp": {"bind": "0.0.0.0:1884", "allow_cleartext": True}}),
     ("listener 1884\nsocket_domain ipv6", {"tcp": {"bind": "[::]:1884", "allow_cleartext": True}}),
     ("listener 1884 127.0.0.1\nmax_connections -1", {"tcp": {"bind": "127.0.0.1:1884", "max_connections": 10_000_000}}),
+    ("listener 1884 127.0.0.1\nmax_connections 0", {"tcp": {"bind": "127.0.0.1:1884", "max_connections": 10_000_000}}),
+    ("listener 1884 127.0.0.1\nrequire_certificate 0", {"tcp": {"bind": "127.0.0.1:1884"}}),
     ("listener 1884 127.0.0.1\nmax_connections 5", {"tcp": {"bind": "127.0.0.1:1884", "max_connections": 5}}),
     ("listener 9001 127.0.0.1\nprotocol websockets", {"ws": {"bind": "127.0.0.1:9001", "path": "/mqtt"}}),
     (
         "listener 9001 127.0.0.1\nprotocol websockets\nwebsockets_origin https://app.example.com",
         {"ws": {"bind": "127.0.0.1:9001", "path": "/mqtt", "origins": ["https://app.example.com"]}},
+    ),
+    (
+        "listener 9001 127.0.0.1\nprotocol websockets\nwebsockets_origin https://a\nwebsockets_origin https://b",
+        {"ws": {"bind": "127.0.0.1:9001", "path": "/mqtt", "origins": ["https://a", "https://b"]}},
     ),
     (
         "listener 1884 127.0.0.1\nlistener 1885 127.0.0.1",
@@ -63,6 +74,86 @@ def test_without_a_listener_this_machine_is_served_and_everybody_on_it(run: Impo
     assert done.check() == (0, "")
 
 
+OPENS = [
+    ("max_connections 9", True),
+    ("max_connections -1", False),
+    ("max_qos 2", False),
+    ("protocol mqtt", False),
+    ("bind_interface lo", True),
+    ("use_username_as_clientid true", True),
+    ("use_username_as_clientid false", False),
+    ("require_certificate false", False),
+    ("tls_version tlsv1.2", False),
+    ("max_topic_alias 5", False),
+    ("per_listener_settings true\nallow_anonymous true", False),
+    ("per_listener_settings true\nacl_file rules", False),
+    ("per_listener_settings true\npassword_file passwd", True),
+    ("per_listener_settings true\nallow_zero_length_clientid false", True),
+]
+
+
+@pytest.mark.parametrize(("text", "opens"), OPENS)
+def test_settings_outside_of_listeners_open_one_where_mosquitto_does(run: Import, text: str, opens: bool) -> None:
+    """Else only this machine is served, and everybody on it."""
+    done = run("mosquitto", f"{text}\n", {"passwd": PASSWORDS, "rules": RULES})
+    assert done.code == 0, done.stderr
+    assert done.at("listeners.tcp.bind") == ("*:1883" if opens else "127.0.0.1:1883")
+    anonymous = done.at("listeners.tcp.allow_anonymous")
+    assert (done.at("access.allow_anonymous") if anonymous is None else anonymous) is not opens
+    assert not [row for row in done.lost if "not known here" in row]
+    assert done.check() == (0, "")
+
+
+def test_rules_outside_of_listeners_hold_on_this_machine(run: Import) -> None:
+    done = run("mosquitto", "per_listener_settings true\nacl_file rules\n", {"rules": RULES})
+    assert done.at("listeners.tcp.auth") == ["accounts"]
+    assert done.lost == []
+
+
+def test_what_stands_before_the_first_listener_and_opens_none_is_told(run: Import) -> None:
+    text = f"per_listener_settings true\nallow_anonymous true\n{LISTENER}password_file passwd\n"
+    done = run("mosquitto", text, {"passwd": PASSWORDS})
+    assert done.lost == ["2: allow_anonymous: stands before any listener line and opens none"]
+    assert done.at("listeners.tcp.allow_anonymous") is False
+
+
+def test_a_kind_of_address_where_an_address_is_written_is_told(run: Import) -> None:
+    done = run("mosquitto", f"{LISTENER}socket_domain ipv6\n")
+    assert done.lost_at == [["2", "socket_domain"]]
+
+
+@pytest.mark.parametrize("per_listener", ["", "per_listener_settings true\n"])
+@pytest.mark.parametrize("security", ["password_file passwd\nacl_file rules\n", "password_file passwd\n", ""])
+def test_a_certificate_needs_no_entry_in_the_file_of_passwords(
+    run: Import, tls: servers.Certificates, per_listener: str, security: str
+) -> None:
+    """mosquitto looks up no password where use_identity_as_username holds."""
+    files = tls_files(tls, "") | {"passwd": PASSWORDS, "rules": RULES}
+    text = (
+        f"{per_listener}listener 8883\ncertfile server.pem\nkeyfile server.key\ncafile ca.pem\n"
+        f"require_certificate true\nuse_identity_as_username true\n{security}"
+    )
+    done = run("mosquitto", text, files)
+    assert done.check() == (0, "")
+    assert done.lost == []
+    decision = asyncio.run(identified(done))
+    assert decision.code == 0, decision.reason
+
+
+async def identified(done: Imported) -> Decision:
+    """What becomes of a client whose certificate the listener has verified."""
+    settings = load_settings(done.conf, base=done.conf.parent)
+    gate = AccessGate(settings)
+    await gate.open()
+    try:
+        names = settings.listeners["tls"].auth
+        certificate = {"username": "dev-1", "cert_common_name": "dev-1", "cert_subject": "CN=dev-1"}
+        client = Client(clientid="c", username="dev-1", peerhost="10.0.0.1", listener="tls", certificate=certificate)
+        return await gate.chain(None if names is None else tuple(names)).identify(client)
+    finally:
+        await gate.close()
+
+
 def test_an_open_broker_with_names_nobody_checks_is_told(run: Import) -> None:
     done = run("mosquitto", f"allow_anonymous true\n{LISTENER}")
     assert [row.partition(": who gives")[0] for row in done.lost] == ["1: allow_anonymous"]
@@ -83,6 +174,7 @@ TLS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("ciphers HIGH", {"verify": "none"}, ["ciphers"]),
     ("dhparamfile dh.pem", {"verify": "none"}, ["dhparamfile"]),
     ("capath certs", {"verify": "none"}, ["capath"]),
+    ("cafile ca.pem\ncapath certs", {"verify": "none"}, ["capath"]),
     ("capath certs\nrequire_certificate true", {"verify": "require", "enabled": False}, ["capath"]),
     ("protocol websockets", {"verify": "none", "kind": "wss", "path": "/mqtt"}, []),
 ]
@@ -99,7 +191,7 @@ def test_tls(run: Import, tls: servers.Certificates, more: str, wanted: dict[str
     if "client_ca" in wanted:
         wanted["client_ca"] = str(etc / wanted["client_ca"])
     assert table == fixed | wanted
-    assert [row.split(": ")[1] for row in done.lost] == lost
+    assert done.lost_keys == lost
     assert done.check() == (0, "")
 
 
@@ -111,7 +203,7 @@ def test_revoked_certificates(run: Import, tls: servers.Certificates) -> None:
     done = run("mosquitto", text, files)
     assert done.at("listeners.tls.client_crl") == str(done.source.parent / "crl.pem")
     assert done.at("listeners.tls.enabled") is False
-    assert [row.split(": ")[:2] for row in done.lost] == [["6", "crlfile"]]
+    assert done.lost_at == [["6", "crlfile"]]
     assert done.check() == (0, "")
 
 
@@ -140,8 +232,14 @@ def test_a_listener_that_would_do_something_else_is_turned_off(run: Import, line
 def test_a_listener_of_a_kind_there_is_not_is_left_out(run: Import, line: str, key: str) -> None:
     done = run("mosquitto", f"{LISTENER}listener 8884\n{line}\nmax_connections 5\n")
     assert list(done.at("listeners")) == ["tcp"]
-    assert [row.split(": ")[:2] for row in done.lost] == [["2", "listener"], ["3", key], ["4", "max_connections"]]
+    assert done.lost_at == [["2", "listener"], ["3", key], ["4", "max_connections"]]
     assert done.check() == (0, "")
+
+
+def test_where_every_listener_is_left_out_none_is_opened(run: Import) -> None:
+    done = run("mosquitto", "listener 8884\npsk_hint plant\n")
+    assert done.at("listeners") == {"tcp": {"bind": "127.0.0.1:1883", "enabled": False}}
+    done.sound()
 
 
 def test_a_missing_certificate_turns_its_listener_off_and_the_rest_works(run: Import) -> None:
@@ -173,7 +271,7 @@ def test_rules_alone(run: Import) -> None:
 def test_where_a_plug_in_judged_nothing_is_allowed_by_default(run: Import, key: str) -> None:
     done = run("mosquitto", f"{key} /usr/lib/mosquitto_dynamic_security.so\nplugin_opt_config_file x.json\n{LISTENER}")
     assert done.at("access.no_match") == "deny"
-    assert [row.split(": ")[:2] for row in done.lost] == [["1", key], ["2", "plugin_opt_config_file"]]
+    assert done.lost_at == [["1", key], ["2", "plugin_opt_config_file"]]
     assert done.check() == (0, "")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from broker.net import binding
 from broker.net.allocation import trim_tls
 from broker.net.errors import ListenError
 from broker.net.tls import UnusableName, acceptable_server_name, hello_server_name, identity
@@ -479,6 +480,22 @@ async def test_without_uvloop_a_tls_listener_warns_of_its_memory(
     await listeners.open("devices", secure(pair))
     plain = "uvloop" not in type(asyncio.get_running_loop()).__module__
     assert ("install uvloop" in caplog.text) == plain
+
+
+def test_no_more_receive_buffer_is_granted_than_the_system_gives() -> None:
+    most = int(Path("/proc/sys/net/core/rmem_max").read_text())
+    assert binding.granted_receive_buffer(65_536) == min(65_536, most)
+    assert binding.granted_receive_buffer(most + 4096) == most
+
+
+async def test_a_receive_buffer_the_system_does_not_give_is_warned_of(
+    listeners: Any, pair: Pair, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await listeners.open("devices", secure(pair))
+    assert "receive_buffer" not in caplog.text
+    monkeypatch.setattr(binding, "granted_receive_buffer", lambda wanted: 32_768)
+    await listeners.open("others", secure(pair))
+    assert "listeners.others: receive_buffer is 65536, the system allows 32768" in caplog.text
 
 
 async def test_mqtt_over_websocket_over_tls_reaches_the_channel(

@@ -70,6 +70,18 @@ def test_what_any_broker_tells_is_kept(tmp_path: Path) -> None:
     assert {key: adapted.raw[key] for key in raw} == raw
 
 
+def test_an_idempotency_key_gives_messages_an_id_that_nobody_has_to_vouch_for(tmp_path: Path) -> None:
+    key = {"idempotency_key": "${payload.id}"}
+    assert adapt(instance(tmp_path, **key), Base(tmp_path)).raw.get("columns") is None, "all of them can be filled"
+    raw = {"key": "${msgid}", "columns": {"c": "${msgid}", "d": "${payload.x}"}, **key}
+    assert adapt(instance(tmp_path, **raw), Base(tmp_path)).raw["columns"] == raw["columns"]
+    with pytest.raises(Refused) as caught:
+        adapt(instance(tmp_path, where="msgid != null", key="${ts}", **key), Base(tmp_path))
+    assert ["sinks.k.key" in caught.value.problems[0], "sinks.k.where" in caught.value.problems[1]] == [True, True]
+    with pytest.raises(Refused, match=r"sinks\.k\.idempotency_key: \${clientid} .*only Isthmus itself knows it"):
+        adapt(instance(tmp_path, idempotency_key="${clientid}:${payload.id}"), Base(tmp_path))
+
+
 def test_subscriptions_carry_the_options_of_the_session() -> None:
     spec = SessionSpec(filters=(("a/#", 2), ("b", 0)))
     assert _subscriptions("x", spec, 0x20) == [("a/#", 2 | 4 | 8 | 0x20), ("b", 4 | 8 | 0x20)]

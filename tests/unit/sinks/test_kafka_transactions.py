@@ -222,3 +222,60 @@ async def test_a_commit_without_an_answer_is_told_within_the_bound():
     first.commit_transaction = hang  # type: ignore[method-assign]
     with pytest.raises(NotConnected, match="did not end well"):
         await opened(Noted(first, Transactional()), timeout=0.1).write(records(1))
+
+
+# --- records of one id, as an idempotency_key gives them to repetitions
+
+
+def repeated(*pairs: tuple[int, int]) -> list[Record]:
+    """(number, id) each."""
+    return [Record("t", b"%d" % n, clientid="dev", msgid=f"{ident:032x}") for n, ident in pairs]
+
+
+async def test_of_records_with_one_id_the_first_is_stored_and_none_fails():
+    cluster = Noted(Transactional())
+    sink = opened(cluster)
+    await sink.write(repeated((1, 7), (2, 7), (3, 8), (4, 7)))
+    assert (cluster.committed, cluster.notes) == ([1, 3], [ids(7, 8)])
+    await sink.write(repeated((5, 8), (6, 9)))
+    await sink.write(repeated((10, 8)))
+    assert cluster.committed == [1, 3, 6], "the batch before is known"
+    successor = opened(cluster)
+    await successor.write(repeated((2, 7), (4, 7), (11, 10), (12, 10)))
+    await successor.write(repeated((13, 7), (14, 8)))
+    assert cluster.committed == [1, 3, 6, 11, 14], "8 was two batches ago"
+
+
+async def test_the_next_of_an_id_takes_the_place_of_one_that_kafka_refuses():
+    cluster = Noted(*(Transactional({0: [poison(b"1", b"5")] * 20}) for _ in range(20)))
+    with pytest.raises(BatchFailed) as failed:
+        await opened(cluster).write(repeated((1, 7), (2, 7), (3, 8), (4, 7), (5, 9)))
+    assert sorted(failed.value.failed) == [0, 4]
+    assert cluster.committed == [2, 3]
+    assert sorted(cluster.notes[-1]) == ids(7, 8)
+
+
+async def test_the_next_of_an_id_takes_the_place_of_one_that_cannot_be_rendered():
+    cluster = Noted(Transactional())
+    sink = opened(cluster)
+    sink._layout.value = lambda record: b"%d" % int(record.payload)
+    with pytest.raises(BatchFailed) as failed:
+        await sink.write([Record("t", b"no number", msgid=ids(7)[0]), *repeated((2, 7), (3, 8), (4, 7))])
+    assert list(failed.value.failed) == [0]
+    assert cluster.committed == [3, 2]
+    await sink.write(repeated((5, 7), (6, 8)))
+    assert cluster.committed == [3, 2]
+
+
+async def test_whatever_is_refused_each_id_is_stored_once_and_each_record_settled():
+    bad = {0, 1, 17, 20, 40, 41, 57, 60, 63}
+    script = poison(*(b"%d" % n for n in bad))
+    spent = Transactional({0: [errors.OutOfOrderSequenceNumber()]})
+    cluster = Noted(spent, *(Transactional({0: [script] * 50}) for _ in range(90)))
+    with pytest.raises(BatchFailed) as failed:
+        await opened(cluster).write(repeated(*((n, n % 40) for n in range(64))))
+    wanted = [next((n for n in (i, i + 40) if n < 64 and n not in bad), None) for i in range(40)]
+    assert sorted(cluster.committed) == sorted(n for n in wanted if n is not None)
+    assert set(failed.value.failed) == {n for n in bad if n < 40 or n - 40 in bad}, (
+        "a repetition of a stored one is none"
+    )
