@@ -28,8 +28,9 @@ AnyKey = OctKey | RSAKey | ECKey | OKPKey
 
 REFETCH = 30.0
 """Seconds between two fetches that unknown key ids may cause."""
-RETRY = 5.0
-"""Seconds between two fetches while there are no keys at all."""
+RETRY = 4.0
+"""Seconds between two fetches while there are no keys at all; less than the shortest pause of a breaker, whose one
+call in between would otherwise ask nobody and fail."""
 MAX_KEYS = 100
 MIN_SECRET = 32
 """Bytes of a shared secret, RFC 7518 section 3.2."""

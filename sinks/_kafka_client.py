@@ -26,6 +26,7 @@ _log = logging.getLogger("sinks.kafka")
 
 _METADATA_EVERY_MS = 60_000
 _MISSING_FOR = 30.0  # seconds until a missing topic is a mistake and not a topic about to be made
+_LEADERLESS = 120.0  # seconds a batch waits for a leader: given up, what may be stored would be sent as something new
 _SILENT = 12.0  # seconds after which a connection that answers nothing is replaced, however patient we are told to be
 
 _kafka_connection.install()
@@ -161,13 +162,17 @@ class Cluster:
             )  # fmt: skip
         except RuntimeError as error:  # a compression whose library is not installed
             raise Fatal(f"{error}: pip install 'isthmus[kafka]'") from error
+        if self._options.get("enable_idempotence"):  # the driver's limit is a request's; there is no public way
+            producer._message_accumulator._batch_ttl = max(_LEADERLESS, self._timeout)
         try:
             async with asyncio.timeout(self._timeout):
                 await producer.start()
-        except (KafkaError, OSError, TimeoutError, ValueError) as error:
+        except (KafkaError, OSError, TimeoutError, ValueError, AssertionError) as error:
             await producer.stop()
             if verdict(error) is Verdict.FATAL:
                 raise Fatal(f"Kafka does not let us write: {describe(error)}") from error
+            if isinstance(error, AssertionError):  # the cluster names no broker: its only one is just back
+                raise await self._diagnosis.reason(None) from error
             raise await self._diagnosis.reason(error) from error
         except BaseException:
             await producer.stop()

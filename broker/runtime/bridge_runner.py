@@ -114,6 +114,7 @@ class BridgeRunner:
             self._state = _STATES.get(str(word), self._state)
             if self._state is State.RUNNING:
                 self._error = None
+                self._kick.clear()
                 if self._running_since is None:
                     self._running_since = asyncio.get_running_loop().time()
         if "last_error" in status:
@@ -156,10 +157,10 @@ class BridgeRunner:
             text = self._describe(error)
             _log.warning("the bridge is down, it starts again in %.1f s: %s", pause, text)
             self.report(state="down", last_error=text)
-            self._kick.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._kick.wait()
+            self._kick.clear()
 
     async def _run_once(self) -> None:
         if self._bridge is None:

@@ -159,10 +159,10 @@ class SinkRunner:
                 self._error = None
                 assert self._sink is not None
                 return self._sink
-            self._kick.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._kick.wait()
+            self._kick.clear()
 
     def _stumble(self, state: State, error: Exception) -> None:
         text = f"cannot open: {self._describe(error)}"

@@ -22,8 +22,9 @@ from broker.runtime.busy import BusyPage, Marker
 from broker.runtime.channel import Channel
 from broker.runtime.host import Host
 
-DRAIN = 5.0
-"""Seconds to write what was received before leaving, unless the broker says otherwise."""
+DRAIN = 4.0
+"""Seconds to write what was received before leaving, unless the broker says otherwise. The broker's own stop waits six
+for its workers, and their end takes a moment."""
 _ORPHAN_DRAIN = 0.0
 """The broker is gone: acknowledgements reach nobody, and the next broker's worker writes all of it again. What this one
 still writes is stored twice, or even behind that."""

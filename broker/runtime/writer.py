@@ -77,7 +77,7 @@ class Writer:
         return sum(self.retries.values())
 
     def kick(self) -> None:
-        """Try again now instead of at the end of the wait."""
+        """Try again now instead of at the end of the wait, also if what is tried at present fails."""
         self._kick.set()
 
     async def opened(self) -> None:
@@ -166,12 +166,13 @@ class Writer:
         return True
 
     async def nap(self, seconds: float) -> bool:
-        """Wait; true when `kick` ended it early."""
-        self._kick.clear()
+        """Wait; true when `kick` ended it early, or came since the last wait."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._kick.wait()
-        return self._kick.is_set()
+        kicked = self._kick.is_set()
+        self._kick.clear()
+        return kicked
 
     def stumble(self, state: State, error: str, reason: str) -> None:
         """Something does not work and will be tried again; said in the log once per state."""
@@ -185,6 +186,7 @@ class Writer:
 
     def recover(self) -> None:
         """It works (again)."""
+        self._kick.clear()
         if self._trouble is not None:
             _log.info("works again after: %s", self._error)
             self._trouble = self._error = None

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.hashes import SHA256, SHA384, SHA512
 from auth import _jwks
 from auth.file import BACKEND as FILE
 from auth.jwt import BACKEND, JwtConfig
+from broker.access.breaker import PAUSE
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from tests.integration.auth_harness import (
     LOGINS,
@@ -36,9 +37,10 @@ from tests.integration.auth_harness import (
     isthmus,
     logins,
     opened,
+    recovers,
 )
 from tests.integration.http_service import Service, service
-from tests.servers import Certificates
+from tests.servers import PATIENCE, Certificates
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -259,7 +261,7 @@ async def provider() -> AsyncIterator[tuple[Provider, Service]]:
 
 
 def remote(http: Any, **more: Any) -> dict[str, Any]:
-    return {"jwks_url": f"http://127.0.0.1:{http.port}/jwks", "timeout": 1, **more}
+    return {"jwks_url": f"http://127.0.0.1:{http.port}/jwks", "timeout": 5, **more}
 
 
 async def test_a29_unknown_key_ids_cause_one_request(provider: tuple[Provider, Service]) -> None:
@@ -342,12 +344,8 @@ async def test_a30_no_keys_no_login_and_recovery(provider: tuple[Provider, Servi
         assert (await log("alice", honest, "c0")).code == 0x88
         assert (await log("alice", b"password", "c1")).code == 0x86, "who has no token is not kept waiting"
         await proxy.up()
-        began = time.monotonic()
-        count = 0
-        while (await log("alice", honest, f"d{count}")).code:
-            assert time.monotonic() - began < 10
-            count += 1
-            await asyncio.sleep(0.1)
+        await recovers(log, "alice", honest, "jwt")
+        assert 0.9 * PAUSE > _jwks.RETRY, "the breaker's one call in between asks for them"
         await proxy.down()
         assert (await log("alice", honest, "e")).code == 0, "the keys stay"
 
@@ -445,10 +443,14 @@ async def test_a31_claims_that_are_not_good(claims: Callable[[], Any], say: str)
 async def test_a31_claims_that_are_good_and_the_edges_of_the_leeway() -> None:
     raw = {**HMAC, "issuer": "https://id.example.com", "audience": ["mqtt"]}
     base = {"iss": "https://id.example.com", "aud": "mqtt"}
-    for more in ({}, {"aud": ["x", "mqtt"]}, {"exp": NOW() - 1}, {"nbf": NOW() + 1}, {"nbf": 0, "iat": 1.5}):
+    assert JwtConfig.model_fields["leeway"].default == 2
+    for more in ({}, {"aud": ["x", "mqtt"]}, {"nbf": 0, "iat": 1.5}):
         assert isinstance(await ask(raw, token(good(**{**base, **more}))), Grant)
+    for leeway, early, late in ((10, 9, 4), (60, 59, 54)):
+        lenient = {**raw, "leeway": leeway}
+        assert isinstance(await ask(lenient, token(good(**base, nbf=NOW() + early))), Grant)
+        assert isinstance(await ask(lenient, token(good(**{**base, "exp": NOW() - late}))), Grant)
     assert isinstance(await ask({**HMAC, "leeway": 0}, token(good(exp=NOW() - 0.1))), Refusal)
-    assert isinstance(await ask({**HMAC, "leeway": 60}, token(good(exp=NOW() - 55))), Grant)
     assert isinstance(await ask({**HMAC, "require_expiry": False}, token({"sub": "alice"})), Grant)
     with pytest.raises(ValidationError):
         JwtConfig.model_validate({**HMAC, "leeway": 61})
@@ -497,7 +499,7 @@ async def test_a33_a_client_is_disconnected_when_its_token_ends() -> None:
     async with logins(instance(BACKEND, {**HMAC, "leeway": 0})) as log:
         kicked: list[Any] = []
         log.gate.kick = lambda clientid, code: kicked.append((clientid, code, time.time()))
-        ends = time.time() + 1.2
+        ends = time.time() + 4
         presented = token(good(exp=ends, acl={"pub": ["a/#"]}))
         first = await log("alice", presented, "c1")
         await asyncio.sleep(0.3)
@@ -505,9 +507,11 @@ async def test_a33_a_client_is_disconnected_when_its_token_ends() -> None:
         assert first.code == again.code == 0
         assert log.gate.guard("jwt").calls == 1, "from the cache"
         assert log.gate.may_publish(again.principal, "a/b") == 1
-        await asyncio.sleep(max(0.0, ends - time.time()) + 0.2)
+        async with asyncio.timeout(max(0.0, ends - time.time()) + 3 * PATIENCE):
+            while len(kicked) < 2:  # noqa: ASYNC110 (the gate does not tell)
+                await asyncio.sleep(0.01)
         assert [(c, code) for c, code, _ in kicked] == [("c1", 0x87)] * 2
-        assert all(0 <= at - ends < 1 for *_, at in kicked)
+        assert all(0 <= at - ends < 3 * PATIENCE for *_, at in kicked)
         assert log.gate.may_publish(again.principal, "a/b") == 0
         assert (await log("alice", presented, "c2")).code == 0x86, "and does not come back with it"
 

@@ -158,6 +158,43 @@ async def test_s11_a_leader_that_is_moved_again_and_again(cluster: list[servers.
         assert firsts == sorted(firsts)
 
 
+async def test_a_batch_whose_only_leader_is_away_for_long_is_not_sent_as_something_new(
+    cluster: list[servers.Kafka],
+) -> None:
+    """Its node has it, and answers when it is back: long after a request would have been given up."""
+    topic = f"alone-{next(_numbers)}"
+    await cluster[0].create_topic(topic, 1, replicas=1)
+    config = KafkaConfig.model_validate({
+        "servers": cluster[0].bootstrap.split(","), "filters": ["#"], "topic": topic, "request_timeout": "2s",
+    })  # fmt: skip
+    sink = await open_kafka(config.named("kafka"))  # type: ignore[arg-type]
+    try:
+        await _stored(sink, records(0, 1))
+        node = cluster[(await cluster[0].leaders(topic))[0] - 1]
+        node.freeze()
+        try:
+            with pytest.raises(NotConnected):
+                await sink.write(records(1, 100))
+            await asyncio.sleep(4.0)  # the others count it out after 1.5 s: nobody leads
+            with pytest.raises(NotConnected):
+                await sink.write(records(1, 100))
+        finally:
+            node.thaw()
+        await _stored(sink, records(1, 100))
+    finally:
+        await sink.close()
+    assert [int(record.value) for record in await cluster[0].everything(topic, 60)] == list(range(101))
+
+
+async def _stored(sink: Kafka, batch: list[Record]) -> None:
+    async with asyncio.timeout(60 * servers.PATIENCE):
+        while True:
+            try:
+                return await sink.write(batch)
+            except NotConnected:
+                await asyncio.sleep(0.1)
+
+
 async def _until(holds: Any, what: str, seconds: float = 40) -> None:
     for _ in range(int(seconds * servers.PATIENCE / 0.05)):
         if holds():

@@ -127,6 +127,44 @@ async def test_resuming_does_not_wait_for_the_next_probe() -> None:
     assert await asyncio.wait_for(writing, 5) == {}
 
 
+async def test_resuming_while_the_destination_is_asked_counts_when_the_answer_is_no() -> None:
+    class Asked(FakeSink):
+        async def check(self) -> None:
+            self.checks += 1
+            w.kick()
+            raise NotConnected("down")
+
+    sink = Asked()
+    sink.errors = [Fatal("no")]
+    w = writer(sink, probe_every=0.01)
+    assert await asyncio.wait_for(w.write(records(1)), 5) == {}
+    assert sink.checks == 1
+
+
+async def test_resuming_while_a_write_is_under_way_counts_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FullJitter, "next", lambda self: 3600.0)
+    sink = FakeSink()
+    sink.hold = asyncio.Event()
+    w = writer(sink)
+    writing = asyncio.create_task(w.write(records(1)))
+    await sink.entered.wait()
+    sink.errors = [NotConnected("down")]
+    w.kick()
+    sink.hold.set()
+    assert await asyncio.wait_for(writing, 5) == {}
+    assert w.retries == {"unreachable": 1}
+
+
+async def test_resuming_what_works_shortens_no_later_wait() -> None:
+    sink = FakeSink()
+    w = writer(sink, probe_every=0.01)
+    w.kick()
+    assert await w.write(records(1)) == {}
+    sink.errors = [Fatal("no")]
+    assert await w.write(records(1)) == {}
+    assert sink.checks == 1
+
+
 async def test_a_pause_holds_the_next_attempt() -> None:
     sink = FakeSink()
     gate = asyncio.Event()
