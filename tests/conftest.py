@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import servers
 from tests.proxy import Proxy
 
 T = TypeVar("T")
+
+# what an example takes says more about the machine than about us
+settings.register_profile("ours", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")
 
 
 @contextlib.contextmanager
@@ -62,7 +67,7 @@ def samba() -> Iterator[servers.Samba]:
 @pytest.fixture(scope="session")
 def kafka() -> Iterator[servers.Kafka]:
     """A Kafka shared by the whole run: use topics of your own and do not stop it. To do that: `start_kafka`."""
-    with _or_skip("kafka", servers.kafka) as server:
+    with _or_skip("kafka", servers.kafka, restarts=False) as server:
         yield server
 
 

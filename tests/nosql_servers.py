@@ -188,8 +188,9 @@ def redis(*, tls: Certificates | None = None, password: str | None = None) -> It
 
 
 @contextlib.contextmanager
-def redis_sentinel() -> Iterator[Sentinels]:
-    """A master with one replica and three sentinels, which elect another within two seconds."""
+def redis_sentinel(*, down_after: int = 500) -> Iterator[Sentinels]:
+    """A master with one replica and three sentinels, which elect another two seconds after it has been silent for
+    `down_after` milliseconds."""
     with folder("sentinel") as where, contextlib.ExitStack() as stack:
         plain = ("--save", "", "--appendonly", "no")
         master = _redis(where, *plain, "--repl-diskless-sync-delay", "0", name="Redis master")
@@ -202,7 +203,7 @@ def redis_sentinel() -> Iterator[Sentinels]:
             conf = where / f"sentinel-{number}.conf"
             conf.write_text(
                 f"sentinel monitor {MASTER} 127.0.0.1 {master.port} 2\n"
-                f"sentinel down-after-milliseconds {MASTER} 500\nsentinel failover-timeout {MASTER} 2000\n"
+                f"sentinel down-after-milliseconds {MASTER} {down_after}\nsentinel failover-timeout {MASTER} 2000\n"
             )
             sentinel = _redis(where, str(conf), "--sentinel", name="Redis sentinel")
             stack.callback(sentinel.end)

@@ -146,9 +146,15 @@ class Proxy:
 
     async def down(self) -> None:
         """Refuse new connections and cut the open ones."""
-        if self._server is not None:
-            self._server.close()
+        if (server := self._server) is not None:
             self._server = None
+            for sock in server.sockets:
+                asyncio.get_running_loop().remove_reader(sock.fileno())
+            # asyncio takes a connection in one turn of the loop and hands it over in the third; closed in between, the
+            # server leaves it open and unheard, and the client waits for as long as it likes
+            for _ in range(2):
+                await asyncio.sleep(0)
+            server.close()
         await self.cut()
 
     async def cut(self) -> int:

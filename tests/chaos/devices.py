@@ -322,14 +322,14 @@ class Reader(Handler):
         self._last = 0.0
 
     @classmethod
-    async def read(cls, books: Books, path: str, url: str, filter: str, quiet: float) -> None:
-        """Until none has come for ``quiet`` seconds."""
+    async def read(cls, books: Books, path: str, url: str, filter: str, quiet: float, longest: float) -> None:
+        """Until none has come for ``quiet`` seconds; while some are missing, for ``longest`` seconds."""
         reader = cls(books, path)
         loop = asyncio.get_running_loop()
         conn = await connect(url, client_id="reader", handler=reader)
-        reader._last = loop.time()
         await conn.subscribe([(filter, 1)])
-        while loop.time() - reader._last < quiet:  # noqa: ASYNC110
+        reader._last = loop.time()
+        while (now := loop.time() - reader._last) < quiet or (now < longest and books.missing([path])):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         await conn.disconnect()
 

@@ -76,6 +76,8 @@ _QUIET = 5.0 * PATIENCE
 """Seconds without any change, all queues empty, after which what has not arrived is lost."""
 _STUCK = 60.0 * PATIENCE
 """Seconds without any change after which a queue that is not empty will never be."""
+_ON_ITS_WAY = 2_000 * PATIENCE
+"""Milliseconds for which Kafka may have had the request of a worker that was killed before it appends the batch."""
 _PATHS = {
     "online 5.0 QoS 1": Copies.ANY,
     "online 5.0 QoS 2": Copies.ONCE,
@@ -198,7 +200,7 @@ class Run:
             for room, name in _INSTANCES:
                 await self.victim.ask(f"{room}.resume", name=name)
             await self._come_to_rest()
-            await Reader.read(self.books, "retained", self.near_url, "chaos/retained/#", _QUIET / 5)
+            await Reader.read(self.books, "retained", self.near_url, "chaos/retained/#", _QUIET / 5, 6 * _QUIET)
         finally:
             await _end(load)
             await _end(tasks)
@@ -411,7 +413,7 @@ class Run:
             self.books.arrived("Kafka", value)
             stored.append(record)
             self.books.note(f"kafka\t{record.partition}\t{record.appended}\t{record.msgid}")
-        return compare_kafka(stored, self.victim.kill_times, self.books)
+        return compare_kafka(stored, self.victim.kill_times, self.books, _ON_ITS_WAY)
 
 
 async def run(

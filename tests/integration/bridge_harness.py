@@ -85,9 +85,9 @@ async def until(condition: Callable[[], bool], what: str, seconds: float = 10.0)
         await asyncio.sleep(0.01)
 
 
-async def connected(runner: BridgeRunner) -> None:
+async def connected(runner: BridgeRunner, seconds: float = 10.0) -> None:
     """Wait until both sides are joined."""
-    await until(lambda: runner.status()["state"] == "running", f"connected, but: {runner.status()}")
+    await until(lambda: runner.status()["state"] == "running", f"connected, but: {runner.status()}", seconds)
 
 
 class Receiver(Handler):

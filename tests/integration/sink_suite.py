@@ -213,7 +213,7 @@ class SinkSuite:
         """S-16: the timeout that is not configured is below fifteen seconds; here it is a shorter one."""
         assert self.backend.config.model_fields["timeout"].default <= 15
         async with opened(self.backend, self.raw(proxy.port, timeout=0.6)) as sink:
-            await sink.write(records(1))
+            await deliver(sink, records(1))
             proxy.black_hole = True
             for verb in (sink.write(records(2)), sink.check()):
                 began = time.monotonic()

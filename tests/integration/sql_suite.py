@@ -102,7 +102,7 @@ class SqlSuite:
         async with contextlib.AsyncExitStack() as stack:
 
             async def opened(database: str, port: int | None = None, **more: Any) -> SqlAuth:
-                options = {"dsn": server.dsn(database, port), "password": server.password, "timeout": 2, **more}
+                options = {"dsn": server.dsn(database, port), "password": server.password, "timeout": 5, **more}
                 config = self.backend.config.model_validate(options)
                 backend = await self.backend.open(config.named("sql"))
                 stack.push_async_callback(backend.close)
@@ -428,7 +428,7 @@ class SqlSuite:
 
     async def test_a39_outage_and_return(self, open: Any, proxy: Proxy, database: str) -> None:
         backend = await open(database, proxy.port, pool=4)
-        guard = Guard("sql", backend, timeout=2, cache_ttl=0, negative_cache_ttl=0)
+        guard = Guard("sql", backend, timeout=5, cache_ttl=0, negative_cache_ttl=0)
         alice = Client("c", "alice")
 
         async def login() -> tuple[Any, float]:
@@ -447,25 +447,27 @@ class SqlSuite:
         for _ in range(5):
             await login()
         assert guard.breaker.open
-        answer, seconds = await login()
-        assert answer is None
-        assert seconds <= 0.010 * PATIENCE
+        calls = guard.calls
+        answers, times = zip(*[await login() for _ in range(20)], strict=True)
+        assert set(answers) == {None}
+        assert guard.calls == calls, "it is left alone"
+        assert statistics.median(times) <= 0.010 * PATIENCE
         await proxy.up()
-        back = time.monotonic()
-        while (await login())[0] is None:
-            assert time.monotonic() - back < 10 * PATIENCE
+        back, errors = time.monotonic(), guard.errors
+        while (await login())[0] is None:  # another pause of the breaker for a probe that fails
+            assert time.monotonic() - back < min(10 + 6 * (guard.errors - errors), 25) * PATIENCE
             await asyncio.sleep(0.1)
         assert isinstance((await login())[0], Grant)
 
     async def test_a_black_hole_costs_the_timeout_and_not_more(self, open: Any, proxy: Proxy, database: str) -> None:
-        backend = await open(database, proxy.port, timeout=0.5)
+        backend = await open(database, proxy.port, timeout=3)
         assert isinstance(await backend.authenticate(Client("c", "alice"), b"alice-pw"), Grant)
         proxy.black_hole = True
         for _ in range(2):  # on the connection that is there, on a new one
             began = time.monotonic()
             with pytest.raises(BackendUnavailable, match="no answer in"):
                 await backend.authenticate(Client("c", "alice"), b"alice-pw")
-            assert 0.4 < time.monotonic() - began < 0.5 + 0.5 * PATIENCE
+            assert 2.9 < time.monotonic() - began < 3 + 2 * PATIENCE
         assert proxy.counts.swallowed
         proxy.black_hole = False
         assert isinstance(await backend.authenticate(Client("c", "alice"), b"alice-pw"), Grant)
@@ -507,16 +509,17 @@ class SqlSuite:
         assert isinstance(await backend.authenticate(Client("c", "alice"), b"alice-pw"), Grant)
         proxy.black_hole = True
         dsn = server.dsn(database).replace(f":{server.port}", f":{proxy.port},127.0.0.1:{server.port}")
-        backend = await open(database, dsn=dsn, timeout=1)
+        backend = await open(database, dsn=dsn, timeout=4)
         assert isinstance(await backend.authenticate(Client("c", "alice"), b"alice-pw"), Grant)
-        began = time.monotonic()
+        assert proxy.counts.accepted == 1
         await asyncio.gather(*(backend.authenticate(Client("c", "alice"), b"alice-pw") for _ in range(8)))
-        assert time.monotonic() - began < 0.5 * PATIENCE, "the one that failed is left alone"
+        assert proxy.counts.accepted == 1, "the one that failed is left alone"
 
     async def test_restart_under_load(self, open: Any, own_server: SqlServer) -> None:
         """Every login ends with the right verdict or an error, and all is well soon after."""
         database = await own_server.create(*self.emq, USERS.format(yes=self.yes, no=self.no), RIGHTS)
-        backend = await open(database, dsn=own_server.dsn(database), password=own_server.password, pool=8)
+        way = {"dsn": own_server.dsn(database), "password": own_server.password}
+        backend = await open(database, **way, pool=8, timeout=2)
         verdicts = {"right": 0, "wrong": 0, "error": 0}
         last_error = [0.0]
         stop = asyncio.Event()
@@ -556,24 +559,27 @@ class SqlSuite:
     async def test_a40_a_slow_database_gets_as_many_calls_as_the_pool_has(
         self, open: Any, proxy: Proxy, database: str
     ) -> None:
-        backend = await open(database, proxy.port, pool=4, timeout=2)
-        guard = Guard("sql", backend, timeout=2, max_concurrent=16, cache_ttl=0, negative_cache_ttl=0)
+        backend = await open(database, proxy.port, pool=4)
+        guard = Guard("sql", backend, timeout=5, max_concurrent=16, cache_ttl=0, negative_cache_ttl=0)
         await backend.authenticate(Client("c", "alice"), b"alice-pw")  # opening the first connection takes its time
         proxy.delay = 0.02
         chain = Chain((guard,))
         answers = asyncio.gather(*(chain.decide(Client(f"c{i}", "alice"), b"alice-pw") for i in range(300)))
-        most, lag = 0, 0.0
+        most, turns, busy = 0, [], 0.0
         while not answers.done():
-            most = max(most, proxy.connections)
-            began = time.monotonic()
+            most = max(most, len(backend._database._links))
+            began, worked = time.monotonic(), time.thread_time()
             await asyncio.sleep(0.01)
-            lag = max(lag, time.monotonic() - began)
+            turns.append(time.monotonic() - began)
+            busy = max(busy, time.thread_time() - worked)
         codes = [decision.code for decision in await answers]
         assert set(codes) <= {0, 0x88, 0x89}
         assert codes.count(0x89) >= 300 - 16 * 5
         assert codes.count(0) > 0
         assert most <= 4
-        assert lag < 0.1 * PATIENCE + 0.4  # one statement of the pool takes longer than that
+        assert proxy.counts.accepted <= 4 * (1 + codes.count(0x88)), "only what was late is replaced"
+        assert statistics.median(turns) < 2 * proxy.delay, "whoever blocks takes a statement's time out of every turn"
+        assert busy < 0.1 * PATIENCE + 0.4, "nobody computes that long at a time"
 
     async def test_a41_who_leaves_leaves_nothing_behind(self, open: Any, proxy: Proxy, database: str) -> None:
         backend = await open(database, proxy.port, pool=4, timeout=2)
@@ -645,7 +651,7 @@ class SqlSuite:
         assert may(await backend.authenticate(client, b"pw7"), "publish", "only/u7", client)
 
     async def test_a50_time_does_not_tell_who_exists(self, open: Any, server: SqlServer) -> None:
-        """A-50: the medians of an unknown user and a wrong password; within a tenth in the long form."""
+        """A-50: an unknown user beside a wrong password, the median of many; within a tenth in the long form."""
         slow = bcrypt.hashpw(b"pw", bcrypt.gensalt(8)).decode()
         database = await server.create(
             *self.emq, f"insert into mqtt_user (username, password) values ('alice', '{slow}')"
@@ -660,8 +666,8 @@ class SqlSuite:
                 decision = await chain.decide(Client(f"c{number}", name), b"wrong")
                 taken.append(time.perf_counter() - began)
                 assert decision.code == 0x86
-        known, unknown = (statistics.median(taken) for taken in times.values())
-        assert abs(known - unknown) / known < (0.1 if soak else 0.25), (known, unknown)
+        ratio = statistics.median(unknown / known for known, unknown in zip(*times.values(), strict=True))
+        assert abs(ratio - 1) < (0.1 if soak else 0.25)
 
     # TLS and several of them -----------------------------------------------------------------------------------------
 

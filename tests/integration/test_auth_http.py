@@ -31,7 +31,7 @@ from tests.integration.auth_harness import (
     unavailable,
 )
 from tests.integration.http_service import Seen, Service, service
-from tests.servers import Certificates
+from tests.servers import PATIENCE, Certificates
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
 
@@ -67,7 +67,7 @@ def server(http: Service) -> Service:
 
 
 def table(server: Any, **more: Any) -> dict[str, Any]:
-    return {"url": f"http://127.0.0.1:{server.port}/mqtt", "timeout": 1, **more}
+    return {"url": f"http://127.0.0.1:{server.port}/mqtt", "timeout": 5, **more}
 
 
 async def ask(server: Any, username: str = "dev1", password: bytes = b"pw-1", clientid: str = "c", **more: Any) -> Any:
@@ -206,7 +206,7 @@ async def test_a24_answers_of_any_size_and_speed_are_cut_off(http: Service) -> N
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         try:
-            for _ in range(160):
+            for _ in range(1_600):
                 await response.write(b'{"result": "allow", "x": "' + b"x" * 65_536)
                 sent += 65_536
         except ConnectionError:
@@ -216,7 +216,7 @@ async def test_a24_answers_of_any_size_and_speed_are_cut_off(http: Service) -> N
     async def drip(request: web.Request, body: bytes) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
-        for byte in b'{"result": "allow"}':
+        for byte in b'{"result": "allow"}' + b" " * 100:
             await response.write(bytes([byte]))
             await asyncio.sleep(0.2)
         return response
@@ -232,9 +232,9 @@ async def test_a24_answers_of_any_size_and_speed_are_cut_off(http: Service) -> N
         http.answer = answer
         began = time.monotonic()
         with pytest.raises(BackendUnavailable):
-            await ask(http)
-        assert time.monotonic() - began < 2
-    assert sent < 8 << 20
+            await ask(http, timeout=1)
+        assert time.monotonic() - began < 1 + 4 * PATIENCE
+    assert sent < 64 << 20, "what is not read fills the kernel's buffers only"
 
 
 NAMES = [
@@ -396,7 +396,7 @@ async def test_a40_slow_answers_and_many_clients(http: Service) -> None:
         return judge(request, body)
 
     http.answer = slow
-    raw = table(http, pool=16, max_concurrent=16, timeout=3)
+    raw = table(http, pool=16, max_concurrent=16, timeout=8)
     async with logins(instance(BACKEND, raw)) as log:
         channels = await asyncio.gather(*(log("dev1", b"pw-1", f"c{number}") for number in range(200)))
         codes = [channel.code for channel in channels]
@@ -413,4 +413,4 @@ async def test_a_hanging_service_is_left_in_time(http: Service) -> None:
 
     http.answer = never
     async with opened(BACKEND, table(http, timeout=0.5)) as backend:
-        await unavailable(backend, "dev1", b"pw-1", 1.5)
+        await unavailable(backend, "dev1", b"pw-1", 0.5 + 4 * PATIENCE)

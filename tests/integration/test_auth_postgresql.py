@@ -143,7 +143,7 @@ class TestPostgresql(SqlSuite):
         began = time.monotonic()
         with pytest.raises(BackendUnavailable):
             await backend.authenticate(Client("c", "alice"), b"alice-pw")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 0.4 + 4 * PATIENCE
         count = f"select count(*) from pg_stat_activity where datname = '{database}' and state = 'active'"
         end = time.monotonic() + 5
         while (await server.execute(count))[0][0]:
@@ -163,12 +163,15 @@ class TestPostgresql(SqlSuite):
         heard: asyncio.Queue[str | None] = asyncio.Queue()
         backend.on_change = heard.put_nowait
         assert await asyncio.wait_for(heard.get(), 5) is None, "listening: what came before was not heard"
-        began = time.monotonic()
-        await server.execute(
-            "insert into mqtt_acl (allow, username, access, topic) values (1, 'alice', 3, 'new')", database=database
-        )
-        assert await asyncio.wait_for(heard.get(), 5) == "alice"
-        assert time.monotonic() - began < 1
+        took = []
+        for _ in range(3):
+            began = time.monotonic()
+            await server.execute(
+                "insert into mqtt_acl (allow, username, access, topic) values (1, 'alice', 3, 'new')", database=database
+            )
+            assert await asyncio.wait_for(heard.get(), 5) == "alice"
+            took.append(time.monotonic() - began)
+        assert min(took) < 1
         await server.execute("notify mqtt_changes, '*'", "notify mqtt_changes", database=database)
         assert [await asyncio.wait_for(heard.get(), 5) for _ in range(2)] == [None, None]
         assert await proxy.cut() >= 1
@@ -184,8 +187,13 @@ class TestPostgresql(SqlSuite):
         heard: asyncio.Queue[str | None] = asyncio.Queue()
         backend.on_change = heard.put_nowait
         assert await asyncio.wait_for(heard.get(), 5) is None
+        accepted = proxy.counts.accepted
         proxy.black_hole = True
-        await asyncio.sleep(1)
+        async with asyncio.timeout(10 * PATIENCE):
+            while proxy.counts.accepted == accepted:  # noqa: ASYNC110 (the proxy does not tell)
+                await asyncio.sleep(0.01)
+        while not heard.empty():
+            heard.get_nowait()
         proxy.black_hole = False
         assert await asyncio.wait_for(heard.get(), 10) is None
 

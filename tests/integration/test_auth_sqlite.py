@@ -20,6 +20,7 @@ from broker.connectors.sql_text import Statement
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from tests.fragments import shipped
 from tests.integration.sql_suite import NOBODY, RIGHTS, USERS, may, packets, sha256
+from tests.servers import PATIENCE
 
 Open = Callable[..., Any]
 
@@ -38,7 +39,7 @@ async def open(tmp_path: Path) -> AsyncIterator[Open]:
     async with contextlib.AsyncExitStack() as stack:
 
         async def opened(**more: Any) -> Any:
-            options = {"path": str(tmp_path / "users.db"), "create": True, "timeout": 2, "watch": 0, **more}
+            options = {"path": str(tmp_path / "users.db"), "create": True, "timeout": 5, "watch": 0, **more}
             backend = await BACKEND.open(BACKEND.config.model_validate(options).named("file"))
             stack.push_async_callback(backend.close)
             return backend
@@ -208,7 +209,7 @@ async def test_a_lock_costs_the_timeout_and_not_more(open: Open, path: Path) -> 
         began = time.monotonic()
         with pytest.raises(BackendUnavailable):
             await backend.authenticate(Client("c", "alice"), b"alice-pw")
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 0.4 + 3 * PATIENCE
         writer.execute("rollback")
     assert isinstance(await backend.authenticate(Client("c", "alice"), b"alice-pw"), Grant)
 
@@ -229,7 +230,7 @@ async def test_a_statement_that_takes_too_long_is_interrupted(open: Open, path: 
         await left
     answer = Statement("select 1", "sqlite", ())
     assert (await backend._database.fetch(answer, [])).rows == [(1,)], "the thread is free"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 0.3 + 4 * PATIENCE
 
 
 async def test_changes_are_noticed_at_once(open: Open, path: Path) -> None:
@@ -239,10 +240,8 @@ async def test_changes_are_noticed_at_once(open: Open, path: Path) -> None:
     await asyncio.sleep(0.2)
     await backend.authenticate(Client("c", "alice"), b"alice-pw")
     assert heard.empty(), "nobody changed anything"
-    began = time.monotonic()
     run(path, "delete from mqtt_acl where username = 'alice'")
-    assert await asyncio.wait_for(heard.get(), 5) is None
-    assert time.monotonic() - began < 1
+    assert await asyncio.wait_for(heard.get(), 3 * PATIENCE) is None
     assert (await backend.rules(Client("c", "alice"))).rules != ()
     other = path.with_name("new.db")
     await open(path=str(other))

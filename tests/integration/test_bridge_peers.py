@@ -17,7 +17,7 @@ from broker.mqtt.framing import FrameReader
 from broker.mqtt.packets import Connect, Publish
 from broker.mqtt.properties import Properties
 from tests.integration.bridge_harness import NAME, configure, connected, create_sessions, running, sender, until
-from tests.servers import Mosquitto
+from tests.servers import PATIENCE, Mosquitto
 
 Start = Callable[..., Mosquitto]
 
@@ -135,6 +135,8 @@ async def playing(peer: Peer) -> AsyncIterator[Peer]:
 
 
 UP = [("up/#", "out", 2)]
+_FREED = 30 * PATIENCE
+"""Seconds in which the peer has answered 65 535 PUBRELs."""
 
 
 async def test_b07_a_server_of_3_1_and_3_1_1_without_private_bit_is_found_and_remembered(mosquitto: Mosquitto) -> None:
@@ -292,6 +294,7 @@ async def test_a_server_that_hangs_up_behind_the_notification_is_not_told_any_mo
             assert peer.connects[-1].will is None
 
 
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("lost", ["our session", "another server"])
 async def test_old_identifiers_at_the_remote_broker_never_swallow_a_new_message(
     mosquitto: Mosquitto, lost: str
@@ -301,7 +304,7 @@ async def test_old_identifiers_at_the_remote_broker_never_swallow_a_new_message(
         peer.known.add("region-1")
         peer.held = set(range(1, 21))
         servers = [peer.url] if lost == "our session" else [peer.url, other.url]
-        config = configure(servers=servers, protocol="5", topics=UP)
+        config = configure(servers=servers, protocol="5", connect_timeout="30s", topics=UP)
         if lost == "our session":
             await create_sessions(mosquitto.url, config.session())
             outlet = await connect(mosquitto.url, client_id=f"isthmus/{NAME}/0", handler=Handler())  # ends it
@@ -321,17 +324,19 @@ async def _send_through(config: Any, near: Mosquitto, recreate: bool) -> list[by
     bridge = BridgeRunner(BACKEND, config, Attach(near.url), "node-a")
     bridge.start()
     try:
-        await connected(bridge)
+        await connected(bridge, _FREED)
         if not recreate:
             await bridge.pause()
             await create_sessions(near.url, config.session())  # the subscription, in the session just attached to
             bridge.resume()
-            await until(lambda: bridge.status()["connects"] >= 2 and bridge.status()["state"] == "running", "resumed")
+            await until(
+                lambda: bridge.status()["connects"] >= 2 and bridge.status()["state"] == "running", "resumed", _FREED
+            )
         payloads = [b"%d" % number for number in range(5)]
         async with sender(near.url) as out:
             for payload in payloads:
                 await out.publish("up/x", payload, 2)
-        await until(lambda: bridge.status()["messages_out"] == 5, "all five are taken")
+        await until(lambda: bridge.status()["messages_out"] == 5, "all five are taken", _FREED)
         return payloads
     finally:
         await bridge.close(0)
@@ -392,13 +397,13 @@ class Laden(Peer):
 
 
 async def test_the_answer_to_subscribe_may_come_behind_a_long_queue(mosquitto: Mosquitto) -> None:
-    async with playing(Laden(queued=15)) as peer:
+    async with playing(Laden(queued=25)) as peer:  # 5 s
         config = configure(
-            servers=[peer.url], protocol="5", connect_timeout="1s", topics=[("down/#", "in", 0)], notifications=False
+            servers=[peer.url], protocol="5", connect_timeout="3s", topics=[("down/#", "in", 0)], notifications=False
         )
         async with running(config, mosquitto.url) as bridge:
-            await until(lambda: bridge.status()["state"] == "running", "the answer is waited for", 15)
-            assert bridge.status()["messages_in"] == 15
+            await until(lambda: bridge.status()["state"] == "running", "the answer is waited for", 20)
+            assert bridge.status()["messages_in"] == 25
             assert len(peer.connects) == 1
 
 

@@ -55,7 +55,7 @@ def token(life: float = 600, **claims: Any) -> str:
 @contextlib.asynccontextmanager
 async def opened(server: servers.Kafka, **sasl: Any) -> AsyncIterator[Any]:
     config = KafkaConfig.model_validate({
-        "servers": [server.listeners["SASL"]], "filters": ["#"], "topic": TOPIC, "request_timeout": "3s",
+        "servers": [server.listeners["SASL"]], "filters": ["#"], "topic": TOPIC, "request_timeout": "15s",
         "sasl": {"mechanism": "oauthbearer", **sasl},
     })  # fmt: skip
     sink = await open_kafka(config.named("kafka"))  # type: ignore[arg-type]
@@ -109,19 +109,19 @@ async def test_a_token_is_asked_for_again_before_it_ends_and_no_record_is_lost(b
     def answer(request: web.Request, body: bytes) -> web.Response:
         return web.json_response({"access_token": token(2), "expires_in": 2})
 
-    before = len(await bearer.read(TOPIC, 1_000_000, seconds=1))
+    before = len(await bearer.everything(TOPIC))
     async with service(answer) as http, opened(bearer, token_from=source(http)) as sink:
-        end = time.monotonic() + 6
+        began = time.monotonic()
         number = 1000
-        while time.monotonic() < end:
+        while len(http.seen) < 4 or number <= 1030:
+            assert time.monotonic() < began + 30 * servers.PATIENCE
             with contextlib.suppress(NotConnected):
                 await sink.write([record(number)])
                 number += 1
             await asyncio.sleep(0.05)
-        assert 3 <= len(http.seen) <= 12
-    values = [int(r.value) for r in (await bearer.read(TOPIC, 1_000_000, seconds=1))[before:]]
+        assert len(http.seen) <= 2 + 2 * (time.monotonic() - began), "one for each time that it is needed"
+    values = [int(r.value) for r in (await bearer.everything(TOPIC))[before:]]
     assert values == list(range(1000, number))
-    assert number > 1030
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ async def test_a_token_that_kafka_refuses_is_an_alarm(bearer: servers.Kafka):
             await sink.check()
         with pytest.raises(Fatal, match="refuses our credentials"):
             await sink.write([record(1)])
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
 
 
 def test_sources_of_tokens_are_told_apart():

@@ -17,8 +17,8 @@ from broker.access.explain import explain
 from broker.access.gate import AccessGate
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
 from broker.extend.registry import Backend
-from tests.integration.auth_harness import LOGINS, cancelled_and_interleaved
-from tests.servers import Certificates, Slapd
+from tests.integration.auth_harness import LOGINS, cancelled_and_interleaved, recovers
+from tests.servers import PATIENCE, Certificates, Slapd
 from tests.unit.access.doubles import Login, settings
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
@@ -394,21 +394,21 @@ async def test_a_directory_compares_for_the_service_account(start_slapd: Any, co
 
 async def test_a14_a_directory_that_falls_silent(start_slapd: Any, gate: Any) -> None:
     directory = start_slapd()
-    log = await gate(directory, timeout=0.5)
-    assert (await log("alice", b"alice-pw")).code == 0
+    log = await gate(directory, timeout=2)
+    client = await recovers(log, "alice", b"alice-pw", "ldap")
     directory.freeze()
     began = time.monotonic()
     assert (await log("bob", b"bob-pw")).code == 0x88
-    assert time.monotonic() - began < 1.5
-    assert (await log("alice", b"alice-pw")).code == 0, "cached"
+    assert time.monotonic() - began < 2 + 3 * PATIENCE
+    assert (await log("alice", b"alice-pw", client)).code == 0, "cached"
     directory.thaw()
-    assert (await log("bob", b"bob-pw")).code == 0
+    await recovers(log, "bob", b"bob-pw", "ldap")
 
 
 async def test_a15_a_directory_that_is_started_again(start_slapd: Any, gate: Any) -> None:
     """A-15: within 10 s, without a restart of ours."""
     directory = start_slapd()
-    log = await gate(directory, timeout=1)
+    log = await gate(directory)
     assert (await log("alice", b"alice-pw", "c0")).code == 0
     directory.stop()
     assert (await log("bob", b"bob-pw", "c1")).code == 0x88
@@ -416,13 +416,7 @@ async def test_a15_a_directory_that_is_started_again(start_slapd: Any, gate: Any
         assert (await log("bob", b"bob-pw", f"d{number}")).code == 0x88
     assert log.gate.status()["ldap"]["state"] == "open"
     directory.start()
-    began = time.monotonic()
-    number = 0
-    while (await log("bob", b"bob-pw", f"e{number}")).code:
-        assert time.monotonic() - began < 10
-        number += 1
-        await asyncio.sleep(0.1)
-    assert log.gate.status()["ldap"]["state"] == "ok"
+    await recovers(log, "bob", b"bob-pw", "ldap")
 
 
 async def test_idle_connections_that_the_server_closed_are_replaced_without_an_error(
@@ -444,17 +438,17 @@ async def test_the_next_server_is_asked_when_the_first_is_gone(
 
 
 async def test_a_first_server_that_hangs_costs_half_the_time_once(
-    slapd: Slapd, start_slapd: Any, connect: Open
+    slapd: Slapd, start_slapd: Any, start_proxy: Any, connect: Open
 ) -> None:
     silent = start_slapd()
     silent.freeze()
-    backend = await connect(slapd, servers=[silent.url, slapd.url], timeout=2)
+    proxy = await start_proxy(silent.port)
+    backend = await connect(slapd, servers=[f"ldap://127.0.0.1:{proxy.port}", slapd.url], timeout=4)
     began = time.monotonic()
     assert isinstance(await backend.authenticate(Client("c", "alice"), b"alice-pw"), Grant)
-    assert 0.9 < time.monotonic() - began < 2.5
-    began = time.monotonic()
+    assert 1.9 < time.monotonic() - began < 2 + 4 * PATIENCE
     assert isinstance(await backend.authenticate(Client("c", "bob"), b"bob-pw"), Grant)
-    assert time.monotonic() - began < 0.9, "it cools down"
+    assert proxy.counts.accepted == 1, "it cools down"
 
 
 async def test_rights_follow_the_directory(start_slapd: Any, gate: Any) -> None:

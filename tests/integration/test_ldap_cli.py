@@ -15,7 +15,9 @@ from tests.servers import Slapd
 
 def isthmus(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     root = Path(__file__).resolve().parents[2]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ISTHMUS__")} | {"PYTHONPATH": str(root)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ISTHMUS__")} | {
+        "PYTHONPATH": str(root), "RES_OPTIONS": "timeout:1 attempts:1",  # of a name server that does not answer
+    }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", "broker", *arguments, "--conf", "conf.d"],
         cwd=folder, env=environment, input=stdin, capture_output=True, text=True, timeout=40, check=False,

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from auth.ldap import LdapConfig, open_ldap
 from broker.connectors.ldap_link import MAX_ANSWER
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Verdict
-from tests.integration.fake_ldap import FakeLdap, entry, reference, text, tlv
+from tests.integration.fake_ldap import FakeLdap, children, entry, reference, tlv
 from tests.servers import PATIENCE
 
 DENY, IGNORE = Verdict.DENY, Verdict.IGNORE
@@ -32,7 +32,7 @@ def config(fake: FakeLdap, **more: Any) -> LdapConfig:
         "bind_dn": "cn=svc",
         "bind_password": "svc-pw",
         "base_dn": "dc=x",
-        "timeout": 1,
+        "timeout": 5,
     }
     return LdapConfig.model_validate({**base, **more})
 
@@ -209,7 +209,7 @@ async def test_a14_an_answer_that_does_not_come(fake: FakeLdap, kind: str) -> No
     began = time.monotonic()
     with pytest.raises(BackendUnavailable):
         await authenticate(fake, timeout=0.3)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 0.3 + 4 * PATIENCE
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ async def test_a14_the_deadline_as_it_is_shipped(fake: FakeLdap, kind: str) -> N
         began = time.monotonic()
         with pytest.raises(BackendUnavailable, match=r"no answer in 3 s|no complete answer in time|timed out"):
             await backend.authenticate(Client("c", "u"), b"pw")
-        assert 2.5 < time.monotonic() - began <= 3.0 + 0.6 * PATIENCE
+        assert 2.5 < time.monotonic() - began <= 3.0 + 2 * PATIENCE
         fake.before = None
         before_that = fake.connections
         assert isinstance(await backend.authenticate(Client("c", "u"), b"pw"), Grant)
@@ -250,7 +250,7 @@ async def test_a14_our_side_hangs_up(fake: FakeLdap) -> None:
     silent.port = server.sockets[0].getsockname()[1]
     with pytest.raises(BackendUnavailable):
         await authenticate(silent, timeout=0.3)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(5):
         await gone.wait()
     server.close()
 
@@ -274,7 +274,7 @@ async def test_a14_an_answer_that_drips(fake: FakeLdap) -> None:
     began = time.monotonic()
     with pytest.raises(BackendUnavailable):
         await authenticate(dripping, timeout=0.4)
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 0.4 + 4 * PATIENCE
     server.close()
 
 
@@ -292,6 +292,7 @@ async def test_a14_a_connection_lost_in_the_middle_of_an_answer(fake: FakeLdap) 
     server.close()
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("shape", ["one", "many", "endless"])
 async def test_a14_an_answer_of_any_size_is_cut_off(fake: FakeLdap, shape: str) -> None:
     """A-14: a hundred megabytes, one at a time or without end."""
@@ -299,22 +300,17 @@ async def test_a14_an_answer_of_any_size_is_cut_off(fake: FakeLdap, shape: str) 
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal sent
-        await reader.read(1000)
-        number = tlv(0x02, b"\x01")
-        if shape == "one":
-            piece = tlv(0x30, number + tlv(0x64, text("uid=u") + tlv(0x30, b"x" * (100 << 20))))
-        elif shape == "many":
-            piece = tlv(0x30, number + entry("uid=u,dc=x", uid="u")) * 1000
+        (_, request), *_ = children(await reader.read(1000))
+        if shape == "many":
+            piece = tlv(0x30, tlv(*children(request)[0]) + entry("uid=u,dc=x", uid="u" * 4_000)) * 25
         else:
-            piece = b"\x30\x84\x7f\xff\xff\xff" + b"x" * 100_000
+            size = 100 << 20 if shape == "one" else (1 << 31) - 1
+            piece = b"\x30\x84" + size.to_bytes(4, "big") + b"x" * 100_000
         try:
             for _ in range(2000):
-                for start in range(0, len(piece), 1 << 20):
-                    writer.write(piece[start : start + (1 << 20)])
-                    await writer.drain()
-                    sent += min(1 << 20, len(piece) - start)
-                if shape == "one":
-                    break
+                writer.write(piece)
+                await writer.drain()
+                sent += len(piece)
         except ConnectionError:
             pass
         finally:
@@ -323,10 +319,10 @@ async def test_a14_an_answer_of_any_size_is_cut_off(fake: FakeLdap, shape: str) 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     huge = FakeLdap()
     huge.port = server.sockets[0].getsockname()[1]
-    with pytest.raises(BackendUnavailable):
-        await authenticate(huge, timeout=2, bind_dn="", bind_password="")
+    with pytest.raises(BackendUnavailable, match=f"larger than {MAX_ANSWER >> 20} MB"):
+        await authenticate(huge, timeout=50, bind_dn="", bind_password="")
     server.close()
-    assert sent < 4 * MAX_ANSWER + (8 << 20), "not much more than the limit (per attempt) and the buffers were taken"
+    assert sent < 64 << 20, "not much more than the limit and the kernel's buffers were taken"
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, ClassVar
 
+import asyncmy
 import pytest
 
 from broker.extend.registry import Backend
-from broker.extend.sink import BatchFailed, Fatal, Record
+from broker.extend.sink import BatchFailed, Fatal, NotConnected, Record
 from sinks.mysql import BACKEND
 from tests.integration.sql_sink_suite import SqlSinkSuite, deliver, record, records
 from tests.sql_servers import Mariadb, SqlServer, mariadb, or_skip
@@ -37,8 +38,17 @@ class TestMysql(SqlSinkSuite):
         "device varchar(200), value float not null check (value < 1000), unit varchar(8)) default charset=utf8mb4"
     )
 
-    async def lock(self, server: SqlServer, database: str, seconds: float) -> None:
-        await server.execute("lock tables readings write", f"select sleep({seconds})", database=database)
+    @contextlib.asynccontextmanager
+    async def locked(self, server: SqlServer, database: str) -> AsyncIterator[None]:
+        connection = await asyncmy.connect(
+            host=server.host, port=server.port, user=server.user, password=server.password, database=database
+        )
+        try:
+            async with connection.cursor() as cursor:
+                await cursor.execute("lock tables readings write")
+                yield
+        finally:
+            await connection.ensure_closed()
 
     def reader(self, database: str) -> tuple[str, ...]:
         return (
@@ -200,13 +210,11 @@ class TestMysql(SqlSinkSuite):
             f"grant all on {database}.* to writer@'%'",
             "set global read_only = 1",
         )
-        sink = await open(database, dsn=server.dsn(database, user="writer"), password="writer-pw")
-
-        async def mend() -> None:
-            await asyncio.sleep(0.3)
+        try:
+            sink = await open(database, dsn=server.dsn(database, user="writer"), password="writer-pw")
+            with pytest.raises(NotConnected, match="read-only"):
+                await sink.write(records(0))
+        finally:
             await server.execute("set global read_only = 0")
-
-        mending = asyncio.create_task(mend())
-        assert await deliver(sink, records(0)) >= 1
-        await mending
+        await deliver(sink, records(0))
         assert await self.values(server, database) == [0]

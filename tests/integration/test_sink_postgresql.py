@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, ClassVar
 from uuid import UUID
 
+import asyncpg
 import pytest
 from pydantic import ValidationError
 
@@ -42,11 +44,15 @@ class TestPostgresql(SqlSinkSuite):
         "value real not null check (value < 1000), unit varchar(8))"
     )
 
-    async def lock(self, server: SqlServer, database: str, seconds: float) -> None:
-        await server.execute(
-            "begin", "lock table readings", f"do $$ begin perform pg_sleep({seconds}); end $$", "commit",
-            database=database,
-        )  # fmt: skip
+    @contextlib.asynccontextmanager
+    async def locked(self, server: SqlServer, database: str) -> AsyncIterator[None]:
+        connection = await asyncpg.connect(server.dsn(database), password=server.password, ssl=False)
+        try:
+            async with connection.transaction():
+                await connection.execute("lock table readings")
+                yield
+        finally:
+            connection.terminate()
 
     def reader(self, database: str) -> tuple[str, ...]:
         return (

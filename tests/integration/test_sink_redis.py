@@ -268,7 +268,7 @@ async def test_sentinels_lead_to_the_new_master() -> None:
     with or_skip("redis", nosql_servers.redis_sentinel) as group:
         keys = {"mode": "sentinel", "master": nosql_servers.MASTER, "servers": group.addresses, "redis_key": "t:dev"}
         async with opened(BACKEND, {**keys, "timeout": "2s"}) as sink:
-            await sink.write(records(1))
+            await deliver(sink, records(1))
             await asyncio.to_thread(group.master.stop)
             await deliver(sink, records(2), 30)
         assert group.replica.connect().xlen("t:dev") >= 1

@@ -72,7 +72,7 @@ class Kafka:
 
     def freeze(self) -> None:
         """Accept connections but never answer, until `thaw`."""
-        os.kill(self._ours().pid, signal.SIGSTOP)
+        self._ours().freeze()
 
     def thaw(self) -> None:
         os.kill(self._ours().pid, signal.SIGCONT)
@@ -215,7 +215,13 @@ def _java(home: Path, heap: str = "384m") -> list[str]:
 
 
 def _kafka_properties(
-    where: Path, port: int, controller: int, more: Mapping[str, int], certs: Certificates | None, proxy: int | None
+    where: Path,
+    port: int,
+    controller: int,
+    more: Mapping[str, int],
+    certs: Certificates | None,
+    proxy: int | None,
+    session_ms: int = 1_500,
 ) -> str:
     protocols = {"SASL": "SASL_PLAINTEXT", "TLS": "SSL", "SASLSSL": "SASL_SSL", "MTLS": "SSL", "PROXIED": "PLAINTEXT"}
     client = {"PLAINTEXT": port, **more}
@@ -235,7 +241,8 @@ def _kafka_properties(
         "transaction.state.log.num.partitions=4", "share.coordinator.state.topic.replication.factor=1",
         "share.coordinator.state.topic.min.isr=1", "group.initial.rebalance.delay.ms=0",
         "auto.create.topics.enable=false", "num.partitions=3", "log.cleaner.dedupe.buffer.size=8388608",
-        "controlled.shutdown.enable=false", "broker.session.timeout.ms=1500", "broker.heartbeat.interval.ms=200",
+        "controlled.shutdown.enable=false", f"broker.session.timeout.ms={session_ms}",
+        "broker.heartbeat.interval.ms=200",
     ]  # fmt: skip
     if any(name.startswith("SASL") for name in more):
         lines.append("sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512")
@@ -306,10 +313,11 @@ def _start_kafka(
     certs: Certificates | None,
     proxy: int | None,
     options: Sequence[str],
+    session_ms: int = 1_500,
 ) -> Process:
     shutil.copytree(home / "formatted", where / "data")
     controller = next(p for p in iter(free_port, None) if p != port and p not in more.values())
-    (where / "server.properties").write_text(_kafka_properties(where, port, controller, more, certs, proxy))
+    (where / "server.properties").write_text(_kafka_properties(where, port, controller, more, certs, proxy, session_ms))
     java, *rest = _java(home)
     process = Process([java, *options, *rest, "kafka.Kafka", where / "server.properties"], where / "log")
     process.wait_until(lambda: accepts(port) and _kafka_answers(f"127.0.0.1:{port}"), 40, "Kafka")
@@ -318,12 +326,19 @@ def _start_kafka(
 
 @contextlib.contextmanager
 def kafka(
-    *, listeners: Sequence[str] = (), tls: Certificates | None = None, proxy: int | None = None, port: int | None = None
+    *,
+    listeners: Sequence[str] = (),
+    tls: Certificates | None = None,
+    proxy: int | None = None,
+    port: int | None = None,
+    restarts: bool = True,
 ) -> Iterator[Kafka]:
     """An empty Kafka, up in 1-3 s, on this port or a free one.
 
     `listeners` adds SASL, TLS, SASLSSL, MTLS (the last three need `tls`). Clients follow the addresses a broker
     advertises, past any proxy: with `proxy`, a port, a listener PROXIED is added that advertises that port instead.
+    A Kafka that is silent for 1.5 s is taken for dead by its own controller, and one that starts again waits for as
+    long; without `restarts` it is 30 s, for a Kafka that is never stopped on a machine that may stand still.
     """
     if proxy is not None:
         listeners = [*listeners, "PROXIED"]
@@ -348,7 +363,8 @@ def kafka(
     options = [f"-XX:SharedArchiveFile={archive}", "-Xshare:auto"] if archive.stat().st_size else []
     with folder("kafka") as where:
         port, more = port or free_port(), {name: free_port() for name in listeners}
-        process = _start_kafka(home, where, port, more, tls, proxy, options)
+        session_ms = 1_500 if restarts else 30_000
+        process = _start_kafka(home, where, port, more, tls, proxy, options, session_ms)
         server = Kafka(
             f"127.0.0.1:{port}",
             {name: f"127.0.0.1:{p}" for name, p in more.items()},

@@ -36,12 +36,18 @@ def required() -> set[str]:
     return {name.strip() for name in os.environ.get("REQUIRE", "").split(",") if name.strip()}
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
+    """A TCP port of 127.0.0.1 that was free a moment ago; never the same one twice."""
+    while True:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port: int = s.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def _die_with_parent() -> None:
@@ -103,6 +109,24 @@ class Process:
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
 
+    def freeze(self) -> None:
+        """SIGSTOP; returns when each of its threads stands still."""
+        self.popen.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 5 * PATIENCE
+        while _runs(self.pid):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"process {self.pid} was stopped and runs on")
+            time.sleep(0.001)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a thread of it is neither stopped nor gone; only Linux tells."""
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if thread.read_text().rpartition(") ")[2][0] not in "TtZX":
+                return True
+    return False
+
 
 @dataclass(kw_only=True)
 class Server:
@@ -142,7 +166,7 @@ class Server:
 
     def freeze(self) -> None:
         """Accept connections but never answer, until `thaw`."""
-        os.kill(self._ours().pid, signal.SIGSTOP)
+        self._ours().freeze()
 
     def thaw(self) -> None:
         os.kill(self._ours().pid, signal.SIGCONT)

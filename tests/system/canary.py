@@ -15,21 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.servers import PATIENCE
-from tests.system.resilience import Canary
+from tests.system.resilience import Canary, Trips
 
 
 @dataclass
-class Song:
+class Song(Trips):
     """What the canary tells at its end; nothing before."""
 
     trips: list[float] = field(default_factory=list)
     lost: int = 0
-
-    @property
-    def slowest(self) -> float:
-        """Seconds of the longest round trip."""
-        assert self.trips, "the canary never sang"
-        return max(self.trips)
 
 
 @contextlib.asynccontextmanager

@@ -83,7 +83,7 @@ def row(path: Path, payload: bytes) -> tuple[Any, ...] | None:
 def run(stack: contextlib.ExitStack, where: Path) -> None:
     """Every hop in order."""
     slapd = start(stack, "slapd with the people alice (sensors) and bob (operators)", servers.slapd())
-    kafka = start(stack, "Apache Kafka in KRaft mode", servers.kafka())
+    kafka = start(stack, "Apache Kafka in KRaft mode", servers.kafka(restarts=False))
     peer = start(stack, "mosquitto, headquarters", servers.mosquitto(username="region-1", password="hq-pw"))
     with hop("create the Kafka topic telemetry"):
         asyncio.run(kafka.create_topic("telemetry", 3))

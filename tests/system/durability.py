@@ -72,19 +72,27 @@ class Collector(Handler):
 
 
 async def fetch(
-    to: str, name: str, ledger: Ledger, *, acknowledge: bool = True, quiet: float = 0.3, seconds: float = 60
+    to: str,
+    name: str,
+    ledger: Ledger,
+    *,
+    least: int = 0,
+    acknowledge: bool = True,
+    quiet: float = 0.3,
+    seconds: float = 60,
 ) -> int:
-    """What waits for this session, until nothing came for a while and nothing acknowledged is missing, or time is up;
-    returns how many messages that were."""
+    """What waits for this session, until nothing came for a while, `least` messages are there and nothing acknowledged
+    is missing, or time is up; returns how many messages that were."""
     collector = Collector(ledger, acknowledge)
     conn = await Connection.connect(
         to, client_id=name, handler=collector, clean_start=False, session_expiry=7_200, receive_maximum=60_000
     )
     assert conn.session_present, f"the session of {name} is gone"
+    collector.last = time.monotonic()
     end = time.monotonic() + seconds * PATIENCE
     while time.monotonic() < end:
         await asyncio.sleep(0.05)
-        if time.monotonic() - collector.last > quiet and not ledger.missing():
+        if time.monotonic() - collector.last > quiet and collector.count >= least and not ledger.missing():
             break
         if time.monotonic() - collector.last > 10 * PATIENCE:
             break

@@ -42,6 +42,10 @@ filters = ["telemetry/#"]
 
 SLOWEST = 0.1 * PATIENCE
 """Seconds a well-behaved client's round trip may take at most, whatever is broken elsewhere."""
+PAUSES = 2
+"""Round trips for which the machine, and not the broker, may be the cause."""
+LONGEST = 2.0 * PATIENCE
+"""Seconds such a round trip may take."""
 
 
 def url(broker: Broker) -> str:
@@ -88,7 +92,29 @@ def wait_running(broker: Broker, room: str, name: str, seconds: float = 15) -> N
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-class Canary(Publisher):
+class Trips:
+    """What a canary knows of its round trips, in seconds; one begins when the one before has ended."""
+
+    trips: list[float]
+
+    @property
+    def slowest(self) -> float:
+        assert self.trips, "the canary never sang"
+        return max(self.trips)
+
+    def check(self, limit: float = SLOWEST) -> None:
+        """Raise AssertionError when it was kept waiting for longer than `limit`.
+
+        A process that is not given the processor for a moment is one slow trip, however long the song: `PAUSES` of
+        them are let pass. A broker that is overloaded makes one after the other, and a call that blocks it lasts as
+        long as the broken thing takes to answer: seconds.
+        """
+        slow = sorted((took for took in self.trips if took > limit), reverse=True)
+        assert self.slowest <= LONGEST, f"a round trip of {self.slowest:.2f} s"
+        assert len(slow) <= PAUSES, f"{len(slow)} of {len(self.trips)} round trips above {limit} s: {slow[:20]}"
+
+
+class Canary(Trips, Publisher):
     """A well-behaved client that hears itself: a round trip ends when the message is back and acknowledged."""
 
     def __init__(self) -> None:
@@ -126,11 +152,6 @@ class Canary(Publisher):
             took = loop.time() - began
             self.trips.append(took)
             await asyncio.sleep(max(0.0, every - took))
-
-    @property
-    def slowest(self) -> float:
-        assert self.trips, "the canary never sang"
-        return max(self.trips)
 
 
 class Stream(Handler):

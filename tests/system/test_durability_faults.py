@@ -20,7 +20,7 @@ from broker.client.errors import Refused
 from broker.store.opening import SEGMENT_BYTES
 from tests.broker import Broker, broker
 from tests.ledger import Ledger
-from tests.power.record import Event, Kind
+from tests.power.record import Event, Kind, Shim
 from tests.power.rounds import Machine
 from tests.servers import PATIENCE
 from tests.system import resilience
@@ -41,7 +41,7 @@ from tests.system.durability import (
     says_live,
     small_disk,
 )
-from tests.system.resilience import SOAK, STORE, Stream, ask, url
+from tests.system.resilience import SOAK, STORE, Stream, ask, eventually, url
 
 pytestmark = pytest.mark.timeout(900 if SOAK else 180)
 
@@ -62,6 +62,12 @@ def writes_after_fault(events: list[Event]) -> list[Event]:
     return [event for event in begun if event.sequence not in failed]
 
 
+def flushed(shim: Shim) -> bool:
+    """Whether nothing written to the store waits for its sync."""
+    last = [event for event in shim.events() if event.path.startswith("data/store/0")][-1]
+    return last.kind is Kind.DONE
+
+
 FLUSHES = [("flush", "late write 1 .log"), ("interval", "eio fdatasync 1 .log")]
 
 
@@ -76,6 +82,7 @@ async def test_d05_after_one_error_of_the_disk_nothing_more_is_acknowledged_and_
         await keep(to, "kept", "data/#")
         sender = await Sender(ledger, "before", "data/x").open(to)
         await sender.many(300)
+        await eventually(lambda: flushed(shim), "the disk to have them")
         shim.inject(fault)
         first = await offer(to, "data/x")
         assert first == 0 if mode == "interval" else first == 0x83  # the interval is the promise there
@@ -87,7 +94,8 @@ async def test_d05_after_one_error_of_the_disk_nothing_more_is_acknowledged_and_
         assert refused.value.code == 0x97
         assert await says_live(to) < 1 * PATIENCE
         aside = Ledger()
-        assert await fetch(to, "kept", aside, acknowledge=False, quiet=0.5) >= 32, "the store can be read no more"
+        came = await fetch(to, "kept", aside, least=32, acknowledge=False, quiet=0.5)
+        assert came >= 32, "the store can be read no more"
         await asyncio.sleep(0.5)
         assert running.log().count(CANNOT_WRITE) == 1
         assert "restart: check the disk" in running.log()
@@ -123,7 +131,8 @@ async def test_a_disk_that_has_become_read_only_is_an_error_and_no_start_is_made
         assert [await offer(url(running), "data/x", qos) for qos in (1, 2)] == [0x97, 0x97]
         assert await says_live(url(running)) < 1 * PATIENCE
         aside = Ledger()
-        assert await fetch(url(running), "kept", aside, acknowledge=False, quiet=0.5) == 100, "it can be read no more"
+        came = await fetch(url(running), "kept", aside, least=100, acknowledge=False, quiet=0.5)
+        assert came == 100, "it can be read no more"
         sender.close()
         assert running.stop() == 1
         before = {path: path.stat().st_mtime_ns for path in (running.data / "store").iterdir()}
@@ -160,7 +169,7 @@ async def test_d06_without_space_at_any_call_messages_are_refused_until_there_is
         sender = await Sender(ledger, "big", "data/x", size=MB).open(to)
         met = 0
         for call in ("write", "open", "rename", "fsync"):
-            before = shim.injected()
+            before, noted = shim.injected(), running.log().count(NO_SPACE)
             shim.inject(f"enospc {call} 1! store/")
             for _ in range(SEGMENT_BYTES // MB + 5):  # so that a segment ends
                 if not await sender.send():
@@ -172,7 +181,9 @@ async def test_d06_without_space_at_any_call_messages_are_refused_until_there_is
             await check_full(to)
             shim.inject()
             await recovered(to, "data/x")
-        assert running.log().count(NO_SPACE) == running.log().count(AGAIN) == met
+            if call != "rename":  # the broker's own look for space, every second, has no use for it
+                assert running.log().count(NO_SPACE) == noted + 1
+        assert running.log().count(NO_SPACE) == running.log().count(AGAIN) >= met
         assert len(list((running.data / "store").glob("*.log"))) >= 3
         sender.close()
         assert running.stop() == 0
@@ -195,8 +206,8 @@ def test_d06_a_start_on_a_full_disk_is_refused_and_the_next_one_works(tmp_path: 
                 shim.inject(f"enospc {call} {n}! data/store")
                 before = shim.injected()
                 try:
-                    done = running.isthmus("run", seconds=5)
-                except subprocess.TimeoutExpired:  # it runs
+                    done = running.isthmus("run", seconds=5 if SOAK else 20)
+                except subprocess.TimeoutExpired:  # it runs, because there was no n-th call
                     done = None
                 if shim.injected() == before:  # there was no n-th call
                     break
@@ -282,7 +293,7 @@ async def check_thresholds(running: Machine, fill: Callable[[float], None]) -> N
     await check_full(to)
     assert ask(running, "status")["store"]["refusing"] == "full"
     ledger = Ledger()
-    assert await fetch(to, "kept", ledger, quiet=0.3) == 1, "what is there is given out"
+    assert await fetch(to, "kept", ledger, least=1) == 1, "what is there is given out"
     fill(0.80)
     await recovered(to, "data/x")
     await asyncio.to_thread(says, running, "are enough")
@@ -382,8 +393,9 @@ async def test_d08_a_damaged_store_is_not_started_and_its_loss_is_counted(tmp_pa
             ledger = Ledger()
             for _ in range(COUNT):
                 ledger.next("device")
+            known = "flipped" in name or "tail" in name
             try:
-                await fetch(url(running), "kept", ledger, quiet=0.4)
+                await fetch(url(running), "kept", ledger, least=COUNT - counted if known else 0, quiet=0.4)
             except AssertionError:
                 assert number == 1, "only the first segment has the session"
                 there = 0
@@ -392,7 +404,7 @@ async def test_d08_a_damaged_store_is_not_started_and_its_loss_is_counted(tmp_pa
             print(f"{name}: {COUNT - there} of {COUNT} messages lost, {counted} counted")
             assert counted > 0, f"{name}: nothing was counted"
             assert there < COUNT, f"{name}: nothing was lost"
-            if "flipped" in name or "tail" in name:
+            if known:
                 assert COUNT - there == counted, f"{name}: the damage is known"
             assert running.stop() == 0
             intact(running)
@@ -486,8 +498,7 @@ async def test_d20_a_backup_under_load_has_everything_acknowledged_before_it(tmp
         print(done.stdout.strip())
         assert "2 segments (1 shared)" in done.stdout
         before = stream.acknowledged
-        await asyncio.sleep(0.5)
-        assert stream.acknowledged > before + 50, "the load stopped"
+        await eventually(lambda: stream.acknowledged > before + 50, "more of the load")
         again = await asyncio.to_thread(running.isthmus, "store", "backup", str(elsewhere.data))
         assert again.returncode == 1
         assert "something in this folder" in again.stderr

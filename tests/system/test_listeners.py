@@ -24,7 +24,7 @@ from broker.mqtt.packets import Publish
 from tests import servers
 from tests.broker import Broker, broker
 from tests.packets.table import CLIENT, Entry, malformed
-from tests.system.resilience import SOAK, eventually, rss
+from tests.system.resilience import SOAK, Trips, eventually, rss, until
 from tests.unit.engine.harness import connect_packet
 from tests.unit.engine.test_malformed import MUTE
 
@@ -73,10 +73,10 @@ path = "mqtt.sock"
 """
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, certs: servers.Certificates) -> Iterator[Broker]:
-    text = FRAGMENT.format(certs).replace('"2s"', f'"{DEADLINE:.0f}s"')
-    with broker(tmp_path_factory.mktemp("b"), {"00-all.toml": text}) as started:
+@contextlib.contextmanager
+def listening(where: Path, certs: servers.Certificates, deadline: float) -> Iterator[Broker]:
+    text = FRAGMENT.format(certs).replace('"2s"', f'"{deadline:.0f}s"')
+    with broker(where, {"00-all.toml": text}) as started:
         for name in ("tcp", "devices", "browsers"):  # what a first connection imports counts for no test
             with dial(started, name) as sock:
                 sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
@@ -84,14 +84,28 @@ def running(tmp_path_factory: pytest.TempPathFactory, certs: servers.Certificate
         yield started
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, certs: servers.Certificates) -> Iterator[Broker]:
+    with listening(tmp_path_factory.mktemp("b"), certs, DEADLINE) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory, certs: servers.Certificates) -> Iterator[Broker]:
+    """One that closes no connection because of its age while a test looks: it had another reason."""
+    with listening(tmp_path_factory.mktemp("p"), certs, 60) as started:
+        yield started
+
+
 @pytest.fixture(autouse=True)
 def unharmed(request: pytest.FixtureRequest) -> Iterator[None]:
     """Five seconds after each case the broker has the sockets it had before, and no error in its log. (The store may
     have opened a file, and memory that was used once stays with the allocator: cases about memory measure it.)"""
-    if "running" not in request.fixturenames:
+    used = [name for name in ("running", "patient") if name in request.fixturenames]
+    if not used:
         yield
         return
-    running: Broker = request.getfixturevalue("running")
+    running: Broker = request.getfixturevalue(used[0])
     pid = running.pid
     before = open_sockets(pid)
     said = len(running.log())
@@ -178,20 +192,20 @@ def peak_resident(pid: int) -> int:
     return rss(pid, "VmHWM")
 
 
-class Canary:
-    """A well-behaved client; `slowest` is its longest ping so far, in seconds."""
+class Canary(Trips):
+    """A well-behaved client; its round trips are pings."""
 
     def __init__(self, running: Broker) -> None:
         self._sock = dial(running)
         self._sock.sendall(CONNECT % b"y"[0])
         assert self._sock.recv(4) == CONNACK
-        self.slowest = 0.0
+        self.trips: list[float] = []
 
     def ping(self) -> None:
         started = time.monotonic()
         self._sock.sendall(b"\xc0\x00")
         assert self._sock.recv(2) == b"\xd0\x00"
-        self.slowest = max(self.slowest, time.monotonic() - started)
+        self.trips.append(time.monotonic() - started)
 
     def close(self) -> None:
         self._sock.close()
@@ -220,18 +234,18 @@ def test_an_independent_client_publishes_to_itself_over_every_kind(
     assert got == [b"x" * 70_000]
 
 
-def test_p05_other_packets_first_are_closed_after_their_header_without_memory(running: Broker) -> None:
+def test_p05_other_packets_first_are_closed_after_their_header_without_memory(patient: Broker) -> None:
     """Fourteen peers at once, each with a hundred megabytes to come."""
-    flush_peak(running.pid)
-    before = resident(running.pid)
-    socks = [dial(running) for _ in range(2, 16)]
+    flush_peak(patient.pid)
+    before = resident(patient.pid)
+    socks = [dial(patient) for _ in range(2, 16)]
     for kind, sock in enumerate(socks, 2):
         sock.sendall(bytes([kind << 4 | (2 if kind in (6, 8, 10) else 0)]) + b"\xff\xff\xff\x7f")
     for sock in socks:  # nothing more is needed to be closed
-        assert closed_after(sock, 1.0 * servers.PATIENCE) < 1.0 * servers.PATIENCE
+        closed_after(sock)
         sock.close()
     for kind in range(2, 16):
-        with dial(running) as sock:
+        with dial(patient) as sock:
             sock.settimeout(5)
             first = bytes([kind << 4 | (2 if kind in (6, 8, 10) else 0)]) + b"\xff\xff\xff\x7f"
             with contextlib.suppress(ConnectionError):
@@ -239,15 +253,15 @@ def test_p05_other_packets_first_are_closed_after_their_header_without_memory(ru
                 for _ in range(99):
                     sock.sendall(bytes(MEGABYTE))
                 pytest.fail(f"packet type {kind} was read on and on")
-    peak = peak_resident(running.pid)
+    peak = peak_resident(patient.pid)
     print(f"P-05: memory +{(peak - before) / 1e6:.2f} MB")
     assert peak - before <= 2 * MEGABYTE
 
 
-def test_p06_a_connect_above_the_limit_before_login_is_closed_after_its_header(running: Broker) -> None:
-    with dial(running) as sock:
+def test_p06_a_connect_above_the_limit_before_login_is_closed_after_its_header(patient: Broker) -> None:
+    with dial(patient) as sock:
         sock.sendall(b"\x10\x81\x80\x04")  # 65 537
-        assert closed_after(sock) < 1.0
+        closed_after(sock)
 
 
 def test_p07_connects_that_stop_one_byte_before_their_end_are_closed_at_the_deadline(running: Broker) -> None:
@@ -262,11 +276,13 @@ def test_p07_connects_that_stop_one_byte_before_their_end_are_closed_at_the_dead
         canary.ping()
         peak = max(peak, resident(running.pid))
         time.sleep(0.05)
-    assert not any_closed(socks), "before the deadline"
+    early = any_closed(socks)
+    assert not early or time.monotonic() >= started + DEADLINE, "before the deadline"
     assert peak - before <= 200 * 65_536 + (8 << 20)
     assert all_closed(socks, 3.0)
-    assert canary.slowest <= 0.1 * servers.PATIENCE
+    canary.check()
     canary.close()
+    print(f"P-07: {len(canary.trips)} pings, the slowest {canary.slowest * 1000:.0f} ms")
 
 
 def test_p08_the_deadline_is_absolute_for_peers_that_drip(running: Broker) -> None:
@@ -274,8 +290,8 @@ def test_p08_the_deadline_is_absolute_for_peers_that_drip(running: Broker) -> No
     socks = [dial(running) for _ in range(100)]
     body = connect_packet("z" * 64)
     for i in range(int(DEADLINE / 0.4) + 1):
-        if time.monotonic() < started + DEADLINE - 0.5:
-            assert not any_closed(socks), "before the deadline"
+        early = any_closed(socks)
+        assert not early or time.monotonic() >= started + DEADLINE, "before the deadline"
         for sock in socks:
             with contextlib.suppress(ConnectionError):
                 sock.sendall(body[i : i + 1])
@@ -309,13 +325,14 @@ def frame(payload: bytes) -> bytes:
 
 def test_p11_half_a_publish_in_a_frame_waits_and_ends_with_the_keep_alive(running: Broker) -> None:
     with upgraded(running) as sock, dial(running) as watcher:
+        sock.settimeout(10)
         watcher.sendall(CONNECT % b"w"[0] + b"\x82\x06\x00\x01\x00\x01#\x00")
         assert exactly(watcher, 4 + 5) == CONNACK + b"\x90\x03\x00\x01\x00"
+        started, said = time.monotonic(), b""
         sock.sendall(frame(b"\x10\x0f\x00\x04MQTT\x05\x02\x00\x01\x00\x00\x02ka"))
         kind, size = exactly(sock, 2)
         assert (kind, exactly(sock, size)[:4:3]) == (0x82, b"\x20\x00")
         sock.sendall(frame(b"\x30\x80\x20" + b"\x00\x01t"))
-        started, said = time.monotonic(), b""
         with contextlib.suppress(ConnectionError):
             while more := sock.recv(65_536):
                 said += more
@@ -323,7 +340,7 @@ def test_p11_half_a_publish_in_a_frame_waits_and_ends_with_the_keep_alive(runnin
         assert said.startswith(b"\x82\x03\xe0\x01\x8d"), "the keep-alive ended it"
         watcher.sendall(b"\x30\x06\x00\x01tend")
         assert exactly(watcher, 8) == b"\x30\x06\x00\x01tend", "nothing else was routed"
-    assert 1.0 <= seconds <= 3.0
+    assert 1.0 <= seconds <= 6.0
 
 
 def exactly(sock: socket.socket, size: int) -> bytes:
@@ -337,24 +354,26 @@ def exactly(sock: socket.socket, size: int) -> bytes:
 
 
 def test_p74_after_the_upgrade_silence_ends_at_the_same_deadline(running: Broker) -> None:
+    started = time.monotonic()
     with upgraded(running) as sock:
-        assert DEADLINE - 0.5 <= closed_after(sock, DEADLINE + 5) <= DEADLINE + 1.0 * servers.PATIENCE
+        closed_after(sock, DEADLINE + 10)
+    assert DEADLINE - 0.5 <= time.monotonic() - started <= DEADLINE + 4.0 * servers.PATIENCE
 
 
 def test_p72_endless_continuations_before_login_end_at_the_same_deadline(running: Broker) -> None:
     flush_peak(running.pid)
     before = resident(running.pid)
     piece = b"\x00\xe4" + bytes(4 + 100)  # FIN is not set: there is always one more
+    started = time.monotonic()
     with upgraded(running) as sock:
-        started = time.monotonic()
         sock.settimeout(0.2)
         sock.sendall(b"\x02\x8b" + bytes(4) + b"\x10\xe8\xfb\x03\x00\x04MQTT\x05")
         with contextlib.suppress(ConnectionError):
-            while time.monotonic() < started + DEADLINE + 5:
+            while time.monotonic() < started + DEADLINE + 10:
                 with contextlib.suppress(TimeoutError):
                     sock.sendall(piece * 1000)
         seconds = time.monotonic() - started
-    assert DEADLINE - 0.5 <= seconds <= DEADLINE + 1.0 * servers.PATIENCE
+    assert DEADLINE - 0.5 <= seconds <= DEADLINE + 4.0 * servers.PATIENCE
     assert peak_resident(running.pid) - before <= MEGABYTE
 
 
@@ -427,16 +446,20 @@ def test_p67_a_thousand_silent_tls_peers_are_closed_at_the_deadline(running: Bro
         socks.append(sock)
         if number % 2:
             sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        if number % 20 == 0:
+            canary.ping()
+    last = time.monotonic()
     while time.monotonic() < started + DEADLINE - 0.5:
         canary.ping()
         time.sleep(0.05)
-    assert not any_closed(socks), "before the deadline"
-    opened = time.monotonic()
-    assert all_closed(socks, DEADLINE + 1.0 * servers.PATIENCE)
-    assert time.monotonic() - opened <= 2.5 * servers.PATIENCE
+    early = any_closed(socks)
+    assert not early or time.monotonic() >= started + DEADLINE, "before the deadline"
+    assert all_closed(socks, DEADLINE + 5.0 * servers.PATIENCE)
+    assert time.monotonic() - last <= DEADLINE + 2.0 * servers.PATIENCE
     canary.ping()
-    assert canary.slowest <= 0.1 * servers.PATIENCE
+    canary.check()
     canary.close()
+    print(f"P-67: {len(canary.trips)} pings, the slowest {canary.slowest * 1000:.0f} ms")
 
 
 def test_p68_a_client_cannot_renegotiate(running: Broker, certs: servers.Certificates) -> None:
@@ -463,27 +486,27 @@ def test_p77_a_flood_of_http_requests_writes_few_lines(running: Broker) -> None:
                 assert sock.recv(100) == b"", "closed without a word"
     seconds = time.monotonic() - started
     time.sleep(1.2)  # the last summary
+    until(lambda: "more lines like this" in "\n".join(running.log().splitlines()[before:]), "a summary", 10)
     lines = running.log().splitlines()[before:]
     print(f"P-77: {1_000 / seconds:.0f} a second, {len(lines)} lines")
     assert any("HTTP request" in line for line in lines)
-    assert any("more lines like this" in line for line in lines)
     # ten and their summary, of each second the flood has touched
     assert len(lines) <= 11 * (seconds + 2)
     assert max(Counter(line[:19] for line in lines).values()) <= 22, "the seconds of the limit are its own"
 
 
-def test_p66_each_mistake_about_tls_has_its_line(running: Broker) -> None:
+def test_p66_each_mistake_about_tls_has_its_line(patient: Broker) -> None:
     for name, data, line in (
         ("devices", CONNECT % b"q"[0], "sent plain bytes to a TLS port, listener 'devices'"),
         ("tcp", b"\x16\x03\x01\x02\x00", "sent a TLS hand-shake to a port without TLS, listener 'tcp'"),
     ):
         until = time.monotonic() + 10  # other tests may have used up the lines of this second
-        while line not in running.log() and time.monotonic() < until:
-            with dial(running, name) as sock:
+        while line not in patient.log() and time.monotonic() < until:
+            with dial(patient, name) as sock:
                 sock.sendall(data)
-                assert closed_after(sock) < 1
+                closed_after(sock)
             time.sleep(0.1)
-        assert line in running.log()
+        assert line in patient.log()
 
 
 def test_tls_clients_of_both_versions_connect(running: Broker, certs: servers.Certificates) -> None:
@@ -520,7 +543,7 @@ def test_r01_with_256_descriptors_400_peers_cost_nothing_but_waiting(tmp_path: P
             sock.close()
         freed = time.monotonic()
         late = Canary(tight)
-        assert time.monotonic() - freed <= 2.0
+        assert time.monotonic() - freed <= 5.0 * servers.PATIENCE  # the others wait for 60 s
         late.close()
         early.close()
     finally:
@@ -669,7 +692,7 @@ class Watcher(Handler):
 @pytest.mark.parametrize("name", TRANSPORTS)
 @pytest.mark.parametrize("framing", FRAMINGS)
 async def test_every_malformed_packet_ends_its_connection_over_every_transport(
-    running: Broker, certs: servers.Certificates, name: str, framing: str
+    patient: Broker, certs: servers.Certificates, name: str, framing: str
 ) -> None:
     """P-01 to P-04, P-09, P-10, P-17 to P-20, P-22, P-23, P-25, P-26, P-31, P-33, P-34, P-36, P-44, P-45, P-47 to P-50,
     P-52, P-54, each whole, byte by byte, and glued to what stands before and behind it."""
@@ -678,14 +701,14 @@ async def test_every_malformed_packet_ends_its_connection_over_every_transport(
     assert len(cases) > 700
     watcher = Watcher()
     conn = await Connection.connect(
-        f"mqtt://127.0.0.1:{port_of(running, 'tcp')}", client_id=f"watcher-{name}-{framing}", handler=watcher
+        f"mqtt://127.0.0.1:{port_of(patient, 'tcp')}", client_id=f"watcher-{name}-{framing}", handler=watcher
     )
     assert await conn.subscribe([("#", 0)]) == [0]
     slots = asyncio.Semaphore(30)
 
     async def one(number: int, entry: Entry, version: int) -> str:
         async with slots:
-            wrong = await ends(running, name, framing, context, entry, version, number)
+            wrong = await ends(patient, name, framing, context, entry, version, number)
         return f"{entry}-{version}: {wrong}" if wrong else ""
 
     began = time.monotonic()

@@ -33,7 +33,7 @@ from tests.system import fleet, resilience
 from tests.system.canary import canary_apart
 from tests.system.durability import ROOM, store_bytes
 from tests.system.fleet import Flood
-from tests.system.resilience import SLOWEST, SOAK, Canary, Stream, command, eventually, rss, url
+from tests.system.resilience import SOAK, Canary, Stream, command, eventually, rss, url
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_800 if SOAK else 240)]
 
@@ -125,7 +125,12 @@ async def test_s01_t14_an_hour_without_the_sink_loses_nothing_and_costs_no_memor
         live = stream.sent
 
         async def gone() -> bool:
-            return bool((await command(running, "status"))["sinks"]["store"]["queued"] <= 100)
+            nonlocal began
+            looked = time.monotonic()
+            found = (await command(running, "status"))["sinks"]["store"]
+            if found["acked"] == 5_000:  # it waits for its next attempt, up to 30 s
+                began = looked
+            return bool(found["queued"] <= 100)
 
         stream.rate = 500
         async with canary_apart(to) as back, meanwhile(growth.watch(), stream.run(3_600)):
@@ -141,7 +146,8 @@ async def test_s01_t14_an_hour_without_the_sink_loses_nothing_and_costs_no_memor
         report = ledger.check()
         assert report.acknowledged == stream.sent >= count + 5_000
         assert max(growth.most.values()) <= GROWTH, growth
-        assert max(slowest.values()) <= SLOWEST
+        away.check()
+        back.check()
         assert count / took >= 2_500 / PATIENCE
 
 
@@ -194,7 +200,7 @@ async def test_s01_s27_an_outage_by_the_clock_is_survived_and_every_message_acco
         assert missed >= 0.98 * rate * seconds
         assert took <= 900
         assert max(growth.most.values()) <= GROWTH
-        assert canary.slowest <= SLOWEST
+        canary.check()
         assert looks >= seconds
         assert (entry["acked"], entry["dropped"], entry["dead_letters"], entry["queued"]) == (stream.sent, {}, 0, 0)
         resilience.fill(ledger, await asyncio.to_thread(resilience.rows, running))
@@ -333,11 +339,10 @@ async def live_rate(running: Broker, seconds: float) -> float:
 async def test_d22_t20_a_fleet_that_is_away_is_kept_started_with_and_given_its_messages(tmp_path: Path) -> None:
     """D-22, T20, T12: the canary while its sessions are made and filled, the start after a kill, and the draining."""
     with broker(tmp_path, {"00-broker.toml": ROOM}) as running:
-        canary = await Canary.open(url(running))
-        print(await work(running, "make", canary, 600))
-        made = await work(running, "fill", canary, 600)
+        loading = await Canary.open(url(running))
+        print(await work(running, "make", loading, 600))
+        made = await work(running, "fill", loading, 600)
         print(made)
-        loading = canary.slowest
         kept = ((f"kept/{n}", b"kept|%d|" % n + b"x" * 50) for n in range(SESSIONS))
         codes = await Flood().run(url(running), kept, retain=True)
         assert codes == {0: SESSIONS}
@@ -349,10 +354,9 @@ async def test_d22_t20_a_fleet_that_is_away_is_kept_started_with_and_given_its_m
         began = time.monotonic()
         running.start(seconds=60)
         ready = time.monotonic() - began
-        canary = await Canary.open(url(running))
-        await canary.sing(10 if SOAK else 3)
-        print(f"ready in {ready:.1f} s with {rss(running.pid) >> 20} MiB; then slowest {canary.slowest * 1000:.0f} ms")
-        after = canary.slowest
+        after = await Canary.open(url(running))
+        await after.sing(10 if SOAK else 3)
+        print(f"ready in {ready:.1f} s with {rss(running.pid) >> 20} MiB; then slowest {after.slowest * 1000:.0f} ms")
         found = f"sessions={SESSIONS} queued={SESSIONS * EACH} retained={SESSIONS} lost=0"
         assert found in running.log()
         alone = await live_rate(running, 5 if SOAK else 1)
@@ -369,5 +373,5 @@ async def test_d22_t20_a_fleet_that_is_away_is_kept_started_with_and_given_its_m
         assert status["sessions"] >= SESSIONS
         assert left == 0
         assert ready <= 30 * PATIENCE
-        assert after <= SLOWEST
-        assert loading <= SLOWEST
+        after.check()
+        loading.check()

@@ -22,7 +22,7 @@ from tests.unit.net.test_client_certificates import revoke
 
 pytestmark = pytest.mark.timeout(120)
 
-SOON = 1.0
+SOON = 5.0
 """Seconds within which a reload must have had its effect."""
 
 BASE = """

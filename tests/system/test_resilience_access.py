@@ -160,10 +160,10 @@ async def test_a15_a39_a_directory_that_is_gone_is_said_quickly_and_its_return_i
         assert (await login(to, "bob"))[0] == 0
         await asyncio.to_thread(directory.stop if how == "stopped" else directory.freeze)
         async with canary_apart(to) as canary:
-            # the first answers take the backend's deadline at most
+            # the first answers take the backend's deadline at most, three seconds, and not two of them in a row
             first = await asyncio.gather(*(login(to, name, v) for name in ("alice", "bob", "carol") for v in (5, 4)))
             assert [code for code, _ in first] == [code_of(v) for _ in range(3) for v in (5, 4)]
-            assert max(took for _, took in first) <= 3.5 * PATIENCE
+            assert max(took for _, took in first) <= 5.5 * PATIENCE
             # then the breaker is open: at once, a wrong password like a right one
             began = time.monotonic()
             quick: list[float] = []
@@ -190,7 +190,7 @@ async def test_a15_a39_a_directory_that_is_gone_is_said_quickly_and_its_return_i
         )
         record_property("recovery_s", round(took, 1))
         assert (await login(to, "bob", password="wrong"))[0] in (0x86, 0x87)
-        assert canary.slowest <= resilience.SLOWEST
+        canary.check()
         assert session.open
         assert running.pid == pid
         session.abort()
@@ -286,12 +286,12 @@ async def judged(where: Path, seconds: float) -> AsyncIterator[tuple[Broker, Hea
 
 @pytest.mark.parametrize("version", [4, 5])
 async def test_p15_nothing_that_comes_with_a_connect_is_served_when_it_is_denied(tmp_path: Path, version: int) -> None:
-    async with judged(tmp_path, 2.0) as (running, heard, conn):
+    async with judged(tmp_path, 1.0) as (running, heard, conn):
         began = time.monotonic()
         reader, writer = await raw(running.port, hasty(version, "mallory"))
         async with asyncio.timeout(10 * PATIENCE):
             answer = await reader.read()
-        assert time.monotonic() - began >= 1.9, "the service was not waited for"
+        assert time.monotonic() - began >= 0.9, "the service was not waited for"
         if version == 5:
             assert (answer[:3], answer[3] in (0x86, 0x87), len(answer)) == (b"\x20\x03\x00", True, 5)
         else:
@@ -335,5 +335,5 @@ async def test_p16_who_floods_while_its_login_hangs_is_not_read_and_closed_at_th
         )
         assert peak <= 20 * (65_536 + 262_144) + (2 << 20), "64 KiB, and what a loop reads at once"
         assert max(times) <= 10.0 * PATIENCE, "the deadline of CONNECT, or the service's if it is shorter"
-        assert canary.slowest <= resilience.SLOWEST
+        canary.check()
         assert heard.payloads == []

@@ -18,7 +18,7 @@ from tests.ledger import Ledger
 from tests.proxy import Proxy
 from tests.system import resilience
 from tests.system.canary import canary_apart
-from tests.system.resilience import SLOWEST, SOAK, Stream, command, eventually
+from tests.system.resilience import SOAK, Stream, command, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
@@ -114,8 +114,9 @@ async def test_the_canary_does_not_notice_a_black_holed_kafka_a_silent_directory
             record_property("slowest_round_trip_ms", round(canary.slowest * 1000, 1))
             print(f"canary: {len(canary.trips)} round trips, slowest {canary.slowest * 1000:.1f} ms")
             print(f"logins: {len(tries)}, slowest {max(t for t, _ in tries):.2f} s, last {tries[-1]}")
-            assert canary.slowest <= SLOWEST
-            assert max(took for took, _ in tries) <= 3.5 * servers.PATIENCE
+            canary.check()
+            # a deadline of three seconds, and not two of them in a row
+            assert max(took for took, _ in tries) <= 5.5 * servers.PATIENCE
             assert sum(took < 0.1 for took, _ in tries) > len(tries) / 2, "the breaker opened"
 
             # and when they end, what was promised arrives
@@ -127,7 +128,7 @@ async def test_the_canary_does_not_notice_a_black_holed_kafka_a_silent_directory
                 return bool(sink["queued"] == 0 and sink["acked"] >= stream.acknowledged)
 
             await eventually(all_there, "the backlog in Kafka", 40, 0.2)
-            for record in await kafka.read("canary", stream.acknowledged):
+            for record in await kafka.everything("canary"):
                 ledger.arrived(record.value)
             ledger.check(duplicates_allowed=True, redelivery=True)
             assert stream.lost == []

@@ -15,7 +15,7 @@ from broker.mqtt.codes import PacketType
 from broker.mqtt.packets import Publish
 from tests.broker import Broker, broker
 from tests.system.canary import Song, canary_apart
-from tests.system.resilience import SLOWEST, ask, eventually
+from tests.system.resilience import ask, eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -266,7 +266,7 @@ def test_z24_who_tries_ten_thousand_denied_topics_a_second_costs_the_others_noth
     text = TABLE.replace("[auth.people]", "[access]\ndeny_rate = 2000\n[auth.people]", 1)
     with broker(tmp_path, {"00.toml": text}) as running:
         canary, took, access = asyncio.run(main(running))
-    assert canary.slowest <= SLOWEST
+    canary.check()
     assert took >= (10_000 - 2 * 2_000) / 2_000, "no more a second than deny_rate, after what may come at once"
     assert access["denied_throttles"] > 0
     assert access["denied_disconnects"] == 0

@@ -11,7 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,14 +136,22 @@ class OneWay:
                 client.sendall(data)
 
 
-def flood(session: Session, letter: bytes, seconds: float) -> int:
-    """Key updates asked for until then, or until s_client has ended; to those of `K` it wants the broker's own."""
-    end, count = time.monotonic() + seconds, 0
+def flood(
+    session: Session, letter: bytes, seconds: float, enough: Callable[[], bool] = lambda: True, longest: float = 30
+) -> int:
+    """Key updates asked for until then, and on until it is `enough`, or until s_client has ended; to those of `K` it
+    wants the broker's own."""
+    began, count = time.monotonic(), 0
     with contextlib.suppress(OSError):
-        while time.monotonic() < end:
+        while (now := time.monotonic() - began) < seconds or (now < longest * PATIENCE and not enough()):
             session.say(letter + b"\n")
             count += 1
     return count
+
+
+def kept_waiting(pid: int) -> float:
+    """Seconds for which its main thread was ready and other processes had the processors."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 async def test_p68_a_tls_1_2_client_with_a_session_cannot_renegotiate(
@@ -175,19 +183,23 @@ async def test_p68_a_flood_of_key_updates_costs_no_memory_and_delays_nobody(
         await log_in(session)
         await asyncio.to_thread(flood, session, letter, 1)  # the buffers of this connection are there
         before, start, used = rss(running.pid), relay.sent, cpu(running.pid)
-        seconds = 3.0
+        enough, waited = start + 30_000 * KEY_UPDATE, kept_waiting(running.pid)
         async with canary_apart(resilience.url(running)) as canary:
-            count = await asyncio.to_thread(flood, session, letter, seconds)
+            began = time.monotonic()
+            count = await asyncio.to_thread(flood, session, letter, 3, lambda: relay.sent >= enough)
+            took = time.monotonic() - began
             await asyncio.sleep(0.5)
+        waited = kept_waiting(running.pid) - waited
         sent = (relay.sent - start) // KEY_UPDATE
         growth = rss(running.pid, "VmHWM") - before
         print(
-            f"P-68: {sent / seconds:.0f} key updates a second ({count} asked for), {cpu(running.pid) - used:.1f} s of "
-            f"a processor, memory +{growth / 1e6:.2f} MB, canary {canary.slowest * 1000:.0f} ms"
+            f"P-68: {sent / took:.0f} key updates a second ({count} asked for), {cpu(running.pid) - used:.1f} s of "
+            f"a processor, memory +{growth / 1e6:.2f} MB, canary {canary.slowest * 1000:.0f} ms, "
+            f"of which others had the processors for {waited * 1000:.0f} ms at most"
         )
-        assert sent / seconds > 10_000 / PATIENCE, "that is no flood"
+        assert sent >= 30_000, "that is no flood"
         assert growth <= 5 * MEGABYTE
-        assert canary.slowest <= 1.0 * PATIENCE
+        assert canary.slowest <= 2.0 * PATIENCE + waited
 
 
 async def test_p68_a_flood_of_key_updates_whose_answers_are_not_read_ends_with_the_stall_timeout(
@@ -205,20 +217,22 @@ async def test_p68_a_flood_of_key_updates_whose_answers_are_not_read_ends_with_t
         before = rss(running.pid)
         async with canary_apart(resilience.url(running)) as canary:
             relay.deaf.set()
-            began = time.monotonic()
-            flooding = asyncio.create_task(asyncio.to_thread(flood, session, b"K", 20))
-            await eventually(relay.ended.is_set, "the end of a client that reads nothing", 20)
+            began, waited = time.monotonic(), kept_waiting(running.pid)
+            flooding = asyncio.create_task(asyncio.to_thread(flood, session, b"K", 60))
+            await eventually(relay.ended.is_set, "the end of a client that reads nothing", 60)
             took = time.monotonic() - began
             growth = rss(running.pid, "VmHWM") - before
             status = await command(running, "status")
+        waited = kept_waiting(running.pid) - waited
         session.process.kill()
         await flooding
         print(
-            f"P-68 deaf: cut after {took:.1f} s, memory +{growth / 1e6:.1f} MB, canary {canary.slowest * 1000:.0f} ms"
+            f"P-68 deaf: cut after {took:.1f} s, memory +{growth / 1e6:.1f} MB, canary {canary.slowest * 1000:.0f} ms, "
+            f"of which others had the processors for {waited * 1000:.0f} ms at most"
         )
         assert status["events"]["stalled"] == 1
         assert growth <= 24 * MEGABYTE, "a second of answers"
-        assert canary.slowest <= 1.0 * PATIENCE
+        assert canary.slowest <= 2.0 * PATIENCE + waited
 
 
 def taken_unread(running: Broker, certs: servers.Certificates) -> int:

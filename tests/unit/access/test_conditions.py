@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -167,13 +168,13 @@ async def test_z31_rights_that_cannot_be_read_deny_in_time_and_stop_nobody_else(
             return Grant(rules=(rule("allow publish a"),))
 
     backend = Hangs(Grant(rules=(rule("allow publish a"),)))
-    log = await login(instance("one", backend, timeout=0.2, refresh=0.001))
+    log = await login(instance("one", backend, timeout=2, refresh=0.001))
     began = time.monotonic()
     slow = asyncio.create_task(log(None, None, "s", username="slow"))
     user = (await log("u")).principal
-    assert time.monotonic() - began < 0.2, "others do not wait"
+    assert not slow.done(), "others do not wait"
     assert (await slow).code == 0x88
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 5, "not a minute"
     backend.ways.append(ValueError("injected"))
     await log.gate._refresher.run_due()
     assert (log.gate.may_publish(user, "a"), log.gate.may_publish(user, "b")) == (1, 0)
@@ -224,13 +225,16 @@ async def test_z31_with_the_deadline_as_it_is_shipped(login: Any, way: str) -> N
     there = (await log(None, None, "t", username="other")).principal
     began = time.monotonic()
     slow = [log.start(None, None, f"s{n}", username="slow") for n in range(20)]
-    while not all(channel.answered.is_set() for channel in slow):
+    rounds: list[float] = []
+    while len(rounds) < 10 or not all(channel.answered.is_set() for channel in slow):
         before = time.monotonic()
         assert (log.gate.may_publish(there, "a"), log.gate.may_publish(there, "b")) == (1, 0)
         assert (await log("u", b"p", "u", auth=("people",))).code == 0, "whom it does not concern"
-        assert time.monotonic() - before < 0.1 * PATIENCE
+        rounds.append(time.monotonic() - before)
         await asyncio.sleep(0.05)
-        assert time.monotonic() - began < 3.0 + 0.3 * PATIENCE
+        assert time.monotonic() - began < 5, "a second deadline would make it 6"
+    assert statistics.median(rounds) < 0.1 * PATIENCE
+    assert max(rounds) < 2.5, "nobody waits for the slow ones, which take 3"
     assert {channel.code for channel in slow} == {0x88}
     assert log.gate.may_publish(there, "a") == 1
 

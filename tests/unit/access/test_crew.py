@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from auth import _crew
 from auth._crew import Closed, Crew
 
 
@@ -46,7 +47,8 @@ async def test_each_gets_its_own_answer_or_error(threads: list[threading.Thread]
     crew.close()
 
 
-async def test_quick_work_takes_one_thread(threads: list[threading.Thread]) -> None:
+async def test_quick_work_takes_one_thread(threads: list[threading.Thread], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_crew, "PACE", 5.0)  # however slowly it is done here
     crew = Crew(4, "test")
     for _ in range(50):
         await crew.do(lambda: None)
@@ -75,6 +77,9 @@ async def test_who_blocks_holds_up_nobody_and_no_more_work_than_there_are_thread
     async with asyncio.timeout(5):
         assert await asyncio.gather(*(crew.do(lambda n=n: n) for n in range(100))) == list(range(100))  # type: ignore[misc]
     blocked += [asyncio.create_task(crew.do(block)) for _ in range(6)]
+    async with asyncio.timeout(5):
+        while running < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     await asyncio.sleep(0.1)
     assert running == most == 3
     go.set()
@@ -102,14 +107,21 @@ async def test_what_nobody_waits_for_is_not_begun(threads: list[threading.Thread
 
 async def test_closing_drops_what_waits_and_does_not_wait_for_what_runs(threads: list[threading.Thread]) -> None:
     crew = Crew(1, "test")
-    go = threading.Event()
-    running = asyncio.create_task(crew.do(lambda: go.wait(10)))
-    await asyncio.sleep(0.02)
+    begun, go = threading.Event(), threading.Event()
+
+    def work() -> bool:
+        begun.set()
+        return go.wait(10)
+
+    running = asyncio.create_task(crew.do(work))
+    async with asyncio.timeout(5):
+        while not begun.is_set():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     waiting = [asyncio.create_task(crew.do(lambda: None)) for _ in range(3)]
     await asyncio.sleep(0)
     began = time.monotonic()
     crew.close()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5, "not 10"
     for task in waiting:
         with pytest.raises(Closed):
             await task

@@ -20,7 +20,6 @@ from broker.config.problems import ConfigError
 from broker.config.settings import load_settings
 from broker.config.template import Template
 from broker.extend.auth import BackendUnavailable, Client, Grant, Refusal, Rule, Verdict
-from tests.servers import PATIENCE
 from tests.unit.access.doubles import Channel, Fake, Login, instance, settings
 
 ALLOW, DENY, IGNORE = Verdict.ALLOW, Verdict.DENY, Verdict.IGNORE
@@ -181,7 +180,7 @@ async def test_a39_who_had_to_queue_does_not_wait_twice(login: Any) -> None:
     """A-39: a hanging backend with a queue before it: what is asked after its first failure is answered when it is
     given up, not one deadline later; and who was asked before keeps its own deadline."""
     fake = Fake(hang)
-    log = await login(instance("one", fake, timeout=0.4, max_concurrent=8))
+    log = await login(instance("one", fake, timeout=2, max_concurrent=8))
     loop = asyncio.get_running_loop()
     began = loop.time()
     ended: list[float] = []
@@ -195,8 +194,8 @@ async def test_a39_who_had_to_queue_does_not_wait_twice(login: Any) -> None:
 
     codes = await asyncio.gather(*(attempt(number) for number in range(30)))
     assert set(codes) == {0x88}
-    assert max(ended) <= 0.4 + 0.1 * PATIENCE
-    assert loop.time() - began <= 0.6 + 0.2 * PATIENCE
+    assert max(ended) <= 3, "not 4"
+    assert loop.time() - began <= 3.3
     assert log.gate.status()["one"]["state"] == "open"
     await asyncio.sleep(0)
     assert log.gate.status()["one"]["running"] == log.gate.status()["one"]["waiting"] == 0
@@ -925,7 +924,7 @@ async def test_clients_that_left_are_not_remembered(login: Any) -> None:
 
 
 async def test_an_expired_login_has_no_rights_and_is_disconnected(login: Any) -> None:
-    log = await login(instance("one", Fake(Grant(rules=(allow("a"),), expires_at=time.time() + 0.05))))
+    log = await login(instance("one", Fake(Grant(rules=(allow("a"),), expires_at=time.time() + 1.0))))
     kicked = asyncio.Event()
     log.gate.kick = lambda clientid, code: kicked.set()
     who = (await log()).principal

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
@@ -112,3 +114,15 @@ async def test_down_refuses_and_up_takes_the_same_port_again(echo: int) -> None:
         assert proxy.port == port
         _, writer = await connect(proxy)
         writer.close()
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_down_ends_a_connection_that_is_just_being_taken(echo: int, turns: int) -> None:
+    async with Proxy("127.0.0.1", echo) as proxy:
+        with socket.create_connection(("127.0.0.1", proxy.port)) as client:
+            client.setblocking(False)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await proxy.down()
+            with contextlib.suppress(ConnectionResetError):
+                assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 1), 5) == b""

@@ -14,6 +14,7 @@ from broker.extend.sink import Batch, BatchFailed, NotConnected
 from broker.mqtt.properties import Properties, encode_properties
 from broker.runtime import lane
 from broker.runtime.attach import Internal
+from broker.runtime.backoff import Backoff
 from broker.runtime.dead_letters import DeadLetters, Refused
 from broker.runtime.lane import Lane
 from broker.runtime.state import State
@@ -106,7 +107,7 @@ async def test_batches_obey_the_limits_of_records_and_bytes(broker: FakeBroker) 
 
 
 async def test_records_that_come_within_the_linger_time_make_one_batch(broker: FakeBroker) -> None:
-    async with Rig(broker, linger=0.2) as rig:
+    async with Rig(broker, linger=1.0) as rig:
         await broker.until_attached(LANE)
         broker.deliver(LANE, "a", b"1")
         await asyncio.sleep(0.02)
@@ -225,12 +226,26 @@ async def test_what_failed_unexpectedly_after_its_connection_was_lost_is_written
         assert rig.sink.payloads == [b"0", b"1", b"2"]
 
 
-async def test_the_lane_attaches_again_within_two_seconds(broker: FakeBroker) -> None:
+async def test_the_lane_attaches_again_within_two_seconds(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for one of them at most."""
+    waits: list[float] = []
+
+    class Noted(Backoff):
+        def __init__(self, base: float, cap: float) -> None:
+            super().__init__(base, cap, max)  # the longest wait it may draw
+
+        def next(self) -> float:
+            waits.append(super().next())
+            return waits[-1]
+
+    monkeypatch.setattr(lane, "Backoff", Noted)
     async with Rig(broker) as rig:
         await broker.until_attached(LANE)
         for times in range(2, 6):
             broker.drop(LANE)
-            await broker.until(lambda times=times: broker.session(LANE).connects >= times, seconds=2)
+            await broker.until(lambda times=times: broker.session(LANE).connects >= times, seconds=10)
+        assert len(waits) == 4
+        assert max(waits) <= 1.0
         broker.deliver(LANE, "a", b"1")
         await broker.until_answered(LANE)
         assert rig.lane.state is State.RUNNING

@@ -92,7 +92,7 @@ async def test_r12_the_summary_comes_by_itself(caplog: pytest.LogCaptureFixture)
     handler.emit = lambda record: said.set() if "more lines like this" in record.getMessage() else None  # type: ignore
     logger.addHandler(handler)
     try:
-        voice = logs.Limited(logger, "lost peers", per_second=1)
+        voice = logs.Limited(logger, "lost peers", per_second=1, clock=lambda: 5.0)
         for _ in range(3):
             voice.warning("lost")
         async with asyncio.timeout(5):

@@ -16,7 +16,6 @@ import pytest
 
 import sinks
 from broker.config.settings import Instance, restore
-from broker.runtime import process as process_module
 from broker.runtime.busy import BusyPage
 from broker.runtime.supervisor import Supervisor
 from tests.unit.runtime.fakes import FakeBroker, fake_broker, until
@@ -113,7 +112,7 @@ async def test_a_worker_runs_what_it_is_given_and_tells_how_it_goes(rig: Rig) ->
     rig.deliver("a", b"1")
     await rig.broker.until_answered("isthmus/a/0")
     assert rig.written("a") == [b"1"]
-    await until(lambda: rig.status("a")["acked"] == 1, 2)
+    await until(lambda: rig.status("a")["acked"] == 1, 10)  # it tells every second
     assert rig.status("a")["worker"] == "1"
     assert rig.status("a")["pid"] == rig.supervisor.pids()["1"] != os.getpid()
 
@@ -177,7 +176,7 @@ async def test_b17_a_killed_worker_is_attached_again_within_two_seconds_and_noth
         await rig.running("a")
         await asyncio.sleep(1.1)  # it counts as steady after a second
     assert {int(p) for p in rig.written("a")} == set(range(sent))
-    await until(lambda: rig.status("a")["acked"] > 51, 3)  # more than the last worker alone
+    await until(lambda: rig.status("a")["acked"] > 51, 10)  # more than the last worker alone
     assert rig.alarms == []
 
 
@@ -192,22 +191,21 @@ async def test_what_was_counted_by_reason_goes_on_over_a_restart(rig: Rig) -> No
     assert (entry["retried"], entry["retries"]) == (5, {"unreachable": 2, "refused": 3})
 
 
-async def test_the_first_restart_comes_at_once(rig: Rig) -> None:
+async def test_the_first_restart_comes_at_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     await rig.apply(rig.instance("a"))
     await rig.running("a")
-    loop = asyncio.get_running_loop()
     os.kill(rig.status("a")["pid"], signal.SIGKILL)
-    began = loop.time()
     await rig.broker.until_attached("isthmus/a/0", 2)
-    assert loop.time() - began < 2.0
+    assert "it starts again in 0.0 s" in caplog.text
 
 
+@pytest.mark.timeout(150)
 @pytest.mark.parametrize("poison", [b"abort", b"exit"])
 async def test_an_instance_that_kills_its_worker_is_parked_and_its_neighbours_go_on(rig: Rig, poison: bytes) -> None:
     await rig.apply(rig.instance("bad"), rig.instance("good"))
     await rig.running("bad", "good")
     rig.deliver("bad", poison)
-    await until(lambda: rig.status("bad")["state"] == "parked", 30)
+    await until(lambda: rig.status("bad")["state"] == "parked", 60)
     assert [key for key, _ in rig.alarms] == ["sinks.bad"]
     assert "SIGABRT" in rig.status("bad")["alarm"] or "exit code 7" in rig.status("bad")["alarm"]
     await rig.running("good")
@@ -225,26 +223,25 @@ async def test_an_instance_that_kills_its_worker_is_parked_and_its_neighbours_go
     assert rig.status("good")["pid"] == pid, "bringing it back disturbs nobody"
 
 
+@pytest.mark.timeout(150)
 async def test_a_change_brings_a_parked_instance_back_even_when_it_was_alone(rig: Rig) -> None:
     await rig.apply(rig.instance("bad"))
     await rig.running("bad")
     rig.deliver("bad", b"abort")
-    await until(lambda: rig.status("bad")["state"] == "parked", 30)
+    await until(lambda: rig.status("bad")["state"] == "parked", 60)
     await until(lambda: rig.supervisor.pids() == {}, 15)
     rig.broker.session("isthmus/bad/0").unanswered.clear()
     await rig.apply(rig.instance("bad", slow=0.001))
     await rig.running("bad")
 
 
-async def test_a_worker_that_hangs_is_killed_and_started_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = process_module.WorkerProcess.__init__
-
-    def impatient(self: Any, *args: Any, **options: Any) -> None:
-        real(self, *args, **options, silent=3.0)
-
-    monkeypatch.setattr(process_module.WorkerProcess, "__init__", impatient)
+async def test_a_worker_that_hangs_is_killed_and_started_again(rig: Rig) -> None:
     await rig.apply(rig.instance("a"))
     await rig.running("a")
+    reports = rig.supervisor._reports["sinks.a"]
+    told = reports["1"]
+    rig.supervisor._workers["1"]._silent = 3.0  # from its next report on: it may take its time to start
+    await until(lambda: reports["1"] is not told)
     pid = rig.status("a")["pid"]
     rig.deliver("a", b"block")
     await until(lambda: rig.status("a")["pid"] not in (pid, None), 15)
@@ -252,13 +249,14 @@ async def test_a_worker_that_hangs_is_killed_and_started_again(rig: Rig, monkeyp
 
 
 async def test_s22_closing_lets_the_worker_finish_what_it_received(rig: Rig) -> None:  # S-22
-    await rig.apply(rig.instance("a", slow=0.3, batch={"max_records": 100}))
+    await rig.apply(rig.instance("a", slow=0.4, batch={"max_records": 50}))
     await rig.running("a")
     for i in range(500):
         rig.deliver("a", str(i).encode())
-    await until(lambda: rig.status("a")["in_flight"] > 100, 5)
+    await until(lambda: rig.status("a")["acked"] + rig.status("a")["in_flight"] == 500)
+    assert len(rig.written("a")) < 500
     pid = rig.status("a")["pid"]
-    await rig.supervisor.close(5)
+    await rig.supervisor.close(10)
     assert len(rig.written("a")) == 500
     await rig.broker.until(lambda: not rig.broker.session("isthmus/a/0").unanswered)
     with pytest.raises(ProcessLookupError):
@@ -267,7 +265,7 @@ async def test_s22_closing_lets_the_worker_finish_what_it_received(rig: Rig) -> 
 
 async def test_s02_a_worker_whose_broker_is_gone_gives_up_the_write_under_way(rig: Rig) -> None:
     """Another worker writes it, and what came after it, as soon as the broker is back."""
-    await rig.apply(rig.instance("a", slow=0.5))
+    await rig.apply(rig.instance("a", slow=3.0))
     await rig.running("a")
     pid = rig.status("a")["pid"]
     rig.deliver("a", b"1")

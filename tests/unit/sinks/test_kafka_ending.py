@@ -7,7 +7,6 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import ProducerFenced
 
@@ -81,5 +80,5 @@ async def test_one_that_hangs_is_given_up_within_the_bound():
     loop = asyncio.get_running_loop()
     began = loop.time()
     await ending.close()
-    assert loop.time() - began == pytest.approx(3.0, abs=0.7)
+    assert 2.3 <= loop.time() - began < 10  # 3 s; without the bound it never returns
     assert closings.count == 1

@@ -74,7 +74,7 @@ class Run:
         self.store.write(self._numbers, [(body, entries) for body in bodies], clock_ms)
         return self._numbers
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
         """Run the loop until it is so."""
         end = time.monotonic() + seconds
         while not condition():

@@ -205,6 +205,7 @@ def through(run: Run, bodies: list[bytes]) -> list[bytes]:
 SITES = ("write", "fsync", "open", "replace", "unlink")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("durability", ["flush", "interval"])
 def test_d06_no_space_at_every_call_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch, durability: str) -> None:
     """D-06: the n-th call that could want space finds none, for every n of a run that begins segments and drops one."""
@@ -335,6 +336,7 @@ def test_d05_a_failed_flush_ends_writing_though_nobody_writes(
         assert not (folder / "closed").exists()
 
 
+@pytest.mark.timeout(300)
 def test_an_error_at_every_call_in_turn_loses_nothing_acknowledged(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
