@@ -46,6 +46,7 @@ class Cluster:
         """Whether the driver notices that it is not let in: it takes a token that is refused for a good one."""
         self._diagnosis = Diagnosis(servers, self._security, timeout)
         self._timeout = timeout
+        self._request_ms = int(min(timeout, _SILENT) * 1000)
         self._options = producer_options
         self._opening = asyncio.Lock()
         self._producer: AIOKafkaProducer | None = None
@@ -67,7 +68,7 @@ class Cluster:
         """One that reads what is committed, or everything, from where it is told to."""
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self._servers, isolation_level="read_committed" if committed else "read_uncommitted",
-            enable_auto_commit=False, auto_offset_reset="none", request_timeout_ms=int(self._timeout * 1000),
+            enable_auto_commit=False, auto_offset_reset="none", request_timeout_ms=self._request_ms,
             **self._security(),
         )  # fmt: skip
         try:
@@ -157,7 +158,7 @@ class Cluster:
         try:
             producer = AIOKafkaProducer(
                 bootstrap_servers=self._servers, linger_ms=0,
-                request_timeout_ms=int(min(self._timeout, _SILENT) * 1000), metadata_max_age_ms=_METADATA_EVERY_MS,
+                request_timeout_ms=self._request_ms, metadata_max_age_ms=_METADATA_EVERY_MS,
                 **self._options, **security,
             )  # fmt: skip
         except RuntimeError as error:  # a compression whose library is not installed

@@ -537,6 +537,7 @@ class SqlSinkSuite:
             entry = await self.until(isthmus, lambda sink: sink["state"] == "running")
             os.kill(entry["pid"], signal.SIGKILL)
             await self.until(isthmus, lambda sink, pid=entry["pid"]: sink["pid"] not in (None, pid))  # type: ignore[misc]
+            await self.until(isthmus, lambda sink: sink["state"] == "running")
             await asyncio.sleep(0.3)
             await proxy.reset()
         stop = True

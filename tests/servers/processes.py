@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from tests.clock import clock
+
 CACHE = Path(os.environ.get("ISTHMUS_TEST_CACHE", "~/.cache/isthmus-tests")).expanduser()
 """What is fetched or made once is kept here."""
 PATIENCE = float(os.environ.get("ISTHMUS_TEST_PATIENCE", "1"))
@@ -81,13 +83,13 @@ class Process:
 
     def wait_until(self, answers: Callable[[], bool], seconds: float, what: str) -> None:
         """Poll `answers` until it says yes; raises RuntimeError with the end of the log when the process dies first."""
-        deadline = time.monotonic() + seconds * PATIENCE
+        deadline = clock() + seconds * PATIENCE
         while True:
             if answers():
                 return
             if self.popen.poll() is not None:
                 raise RuntimeError(f"{what} ended with {self.popen.returncode}:\n{self.tail()}")
-            if time.monotonic() > deadline:
+            if clock() > deadline:
                 self.stop()
                 raise RuntimeError(f"{what} did not answer within {seconds * PATIENCE:.0f} s:\n{self.tail()}")
             time.sleep(0.01)
@@ -112,9 +114,9 @@ class Process:
     def freeze(self) -> None:
         """SIGSTOP; returns when each of its threads stands still."""
         self.popen.send_signal(signal.SIGSTOP)
-        deadline = time.monotonic() + 5 * PATIENCE
+        deadline = clock() + 5 * PATIENCE
         while _runs(self.pid):
-            if time.monotonic() > deadline:
+            if clock() > deadline:
                 raise RuntimeError(f"process {self.pid} was stopped and runs on")
             time.sleep(0.001)
 

@@ -18,6 +18,7 @@ from broker.client.session import Publisher
 from broker.mqtt.codes import PacketType
 from broker.mqtt.packets import Publish
 from tests.broker import Broker
+from tests.clock import Trip, clock
 from tests.ledger import Ledger, read_stamp
 from tests.servers import PATIENCE
 
@@ -64,23 +65,23 @@ async def command(broker: Broker, verb: str, /, **arguments: Any) -> Any:
 
 def until(there: Callable[[], Any], what: str, seconds: float = 15, every: float = 0.02) -> Any:
     """Poll until something is there; fails with `what` otherwise."""
-    deadline = time.monotonic() + seconds * PATIENCE
+    deadline = clock() + seconds * PATIENCE
     while not (found := there()):
-        assert time.monotonic() < deadline, f"{what}: not there after {seconds} s"
+        assert clock() < deadline, f"{what}: not there after {seconds} s"
         time.sleep(every)
     return found
 
 
 async def eventually(there: Callable[[], Any], what: str, seconds: float = 15, every: float = 0.02) -> Any:
     """The same for a test with a loop; `there` may answer an awaitable."""
-    deadline = time.monotonic() + seconds * PATIENCE
+    deadline = clock() + seconds * PATIENCE
     while True:
         found = there()
         if isinstance(found, Awaitable):
             found = await found
         if found:
             return found
-        assert time.monotonic() < deadline, f"{what}: not there after {seconds} s"
+        assert clock() < deadline, f"{what}: not there after {seconds} s"
         await asyncio.sleep(every)
 
 
@@ -93,7 +94,8 @@ def wait_running(broker: Broker, room: str, name: str, seconds: float = 15) -> N
 
 
 class Trips:
-    """What a canary knows of its round trips, in seconds; one begins when the one before has ended."""
+    """What a canary knows of its round trips, in seconds as `Trip` measures them; one begins when the one before has
+    ended."""
 
     trips: list[float]
 
@@ -144,14 +146,14 @@ class Canary(Trips, Publisher):
         """One round trip each `every` seconds; raises TimeoutError when one takes ten seconds."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
-        while (began := loop.time()) < end:
+        while loop.time() < end:
+            trip = Trip()
             payload = b"%d" % len(self.trips)
             back = self._back[payload] = loop.create_future()
             async with asyncio.timeout(10):
                 await asyncio.gather(self.publish(f"canary/{self.conn.client_id}", payload), back)
-            took = loop.time() - began
-            self.trips.append(took)
-            await asyncio.sleep(max(0.0, every - took))
+            self.trips.append(trip.took)
+            await asyncio.sleep(max(0.0, trip.began + every - time.monotonic()))
 
 
 class Stream(Handler):

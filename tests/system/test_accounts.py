@@ -286,7 +286,7 @@ def test_z33_a_ban_by_user_name_ends_every_session_of_that_user_at_once(tmp_path
         answer = await command(running, "ban.add", kind="user", name="bob")
         await eventually(lambda: all(session.ended for session in sessions), "the end of all three")
         assert answer["disconnected"] == 3
-        assert max(session.ended for session in sessions) - began <= 1.0 * PATIENCE
+        assert max(session.ended for session in sessions) - began <= 3.0 * PATIENCE
         assert [session.told for session in sessions] == [0x98, None, 0x98]
         with pytest.raises(ConnectionRefused) as refused:
             await Session.login(tcp, "bob", "five")

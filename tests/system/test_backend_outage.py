@@ -17,6 +17,7 @@ from broker.client.connection import Connection, Handler
 from broker.mqtt import packets
 from tests import servers
 from tests.broker import Broker, broker
+from tests.clock import Trip
 from tests.fragments import ldap
 from tests.servers import PATIENCE
 from tests.system import resilience
@@ -38,18 +39,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(AWAY + 180)]
 
 
 async def login(to: str, number: int, name: str, password: str | None = None, version: int = 5) -> tuple[int, float]:
-    """The code of the CONNACK and the seconds it took."""
+    """The code of the CONNACK and the seconds it took (`Trip`)."""
     connect = packets.Connect(
         version=version, clean_start=True, keep_alive=60, client_id=f"{name}-{number}", username=name,
         password=(password or servers.PEOPLE[name]).encode(),
     )  # fmt: skip
     reader, writer = await asyncio.open_connection("127.0.0.1", int(to.rpartition(":")[2]))
-    began = time.monotonic()
+    trip = Trip()
     try:
         writer.write(packets.encode_connect(connect))
         async with asyncio.timeout(20):
             answer = await reader.readexactly(4)
-        return answer[3], time.monotonic() - began
+        return answer[3], trip.took
     finally:
         writer.transport.abort()
 

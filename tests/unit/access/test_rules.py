@@ -120,10 +120,10 @@ def test_z04_many_levels_and_wildcards_stay_cheap() -> None:
     subject = Principal("c", "u")
     compiled = RuleSet(rules)
     parts = ["a"] * 127
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(10):
         assert compiled.find(PUBLISH, "/".join(parts), parts, subject) is None
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_z05_a_rule_with_user_name_does_not_apply_to_anonymous_clients() -> None:

@@ -129,7 +129,7 @@ def test_close_does_not_wait_for_a_disk_that_hangs(
     began = time.monotonic()
     run.store.close()
     took = time.monotonic() - began
-    assert 0.15 < took < 2
+    assert 0.15 < took < 8, "not until the disk answered"
     assert "did not answer" in caplog.text
     assert run.owner.log == []
     hanging.set()
