@@ -153,15 +153,15 @@ class SinkSuite:
         async with opened(self.backend, self.raw(target.port)) as sink:
             await sink.check()
             for start in range(1, 2_001, 250):
-                await sink.write(records(*range(start, start + 250)))
+                await deliver(sink, records(*range(start, start + 250)))
             await sink.write([])
         assert await compared(target, written(*range(1, 2_001))) == 0
 
     async def test_a_batch_that_comes_again_is_told_where_that_is_possible(self, target: Any) -> None:
         async with opened(self.backend, self.raw(target.port)) as sink:
-            await sink.write(records(*range(1, 101)))
+            await deliver(sink, records(*range(1, 101)))
         async with opened(self.backend, self.raw(target.port)) as sink:  # a worker that was killed knows nothing
-            await sink.write(records(*range(51, 151)))
+            await deliver(sink, records(*range(51, 151)))
         twice = await compared(target, written(*range(1, 151)), duplicates_allowed=not self.once)
         assert twice == (0 if self.once else 50)
 
@@ -171,19 +171,19 @@ class SinkSuite:
         batch[41] = self.poison(42)
         async with opened(self.backend, self.raw(target.port, **keys)) as sink:
             with pytest.raises(BatchFailed) as failed:
-                await sink.write(batch)
+                await deliver(sink, batch)
             assert list(failed.value.failed) == [41]
             assert len(failed.value.failed[41]) > 10
-            await sink.write(records(101))
+            await deliver(sink, records(101))
         assert await compared(target, written(*(n for n in range(1, 102) if n != 42))) == 0
 
     async def test_s08_nothing_but_poison_is_refused_one_by_one(self, target: Any) -> None:
         keys = await self.plant(target)
         async with opened(self.backend, self.raw(target.port, **keys)) as sink:
             with pytest.raises(BatchFailed) as failed:
-                await sink.write([self.poison(n) for n in range(1, 21)])
+                await deliver(sink, [self.poison(n) for n in range(1, 21)])
             assert sorted(failed.value.failed) == list(range(20))
-            await sink.write(records(21))
+            await deliver(sink, records(21))
         assert await compared(target, written(21)) == 0
 
     async def test_s13_an_outage_and_a_return_lose_nothing_and_keep_the_order(self, target: Any, proxy: Proxy) -> None:
@@ -232,7 +232,7 @@ class SinkSuite:
         self, target: Any, proxy: Proxy
     ) -> None:
         async with opened(self.backend, self.raw(proxy.port)) as sink:
-            await sink.write(records(1))
+            await deliver(sink, records(1))
             failures, number = 0, 1
             while not failures:
                 assert number < 50, "the cut was never seen"
@@ -246,7 +246,7 @@ class SinkSuite:
     async def test_s17_a_slow_target_holds_nobody_else(self, target: Any, proxy: Proxy) -> None:
         async with opened(self.backend, self.raw(proxy.port)) as sink:
             proxy.delay = 0.2
-            writing = asyncio.create_task(sink.write(records(1, 2)))
+            writing = asyncio.create_task(deliver(sink, records(1, 2)))
             turns = 0
             while not writing.done():
                 await asyncio.sleep(0.005)
@@ -257,7 +257,7 @@ class SinkSuite:
 
     async def test_the_target_starts_again(self, target: Any) -> None:
         async with opened(self.backend, self.raw(target.port)) as sink:
-            await sink.write(records(1, 2))
+            await deliver(sink, records(1, 2))
             await target.stop()
             with pytest.raises(NotConnected):
                 await sink.write(records(3))

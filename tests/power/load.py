@@ -293,7 +293,9 @@ class _Load:
         return conn
 
     async def _subscribe(self, conn: Connection, name: str, filter: str, qos: int) -> None:
-        assert await conn.subscribe([(filter, qos)]) == [qos]
+        if (codes := await conn.subscribe([(filter, qos)])) != [qos]:
+            self._notes.refused += 1
+            raise ConnectionError(f"{filter}: {codes}")
         self._notes.sessions[name] = now()
 
     async def _produce(self, stream: str, qos: int) -> None:

@@ -337,7 +337,7 @@ def kafka(
 
     `listeners` adds SASL, TLS, SASLSSL, MTLS (the last three need `tls`). Clients follow the addresses a broker
     advertises, past any proxy: with `proxy`, a port, a listener PROXIED is added that advertises that port instead.
-    A Kafka that is silent for 1.5 s is taken for dead by its own controller, and one that starts again waits for as
+    A Kafka that is silent for 3 s is taken for dead by its own controller, and one that starts again waits for as
     long; without `restarts` it is 30 s, for a Kafka that is never stopped on a machine that may stand still.
     """
     if proxy is not None:
@@ -363,7 +363,7 @@ def kafka(
     options = [f"-XX:SharedArchiveFile={archive}", "-Xshare:auto"] if archive.stat().st_size else []
     with folder("kafka") as where:
         port, more = port or free_port(), {name: free_port() for name in listeners}
-        session_ms = 1_500 if restarts else 30_000
+        session_ms = 3_000 if restarts else 30_000
         process = _start_kafka(home, where, port, more, tls, proxy, options, session_ms)
         server = Kafka(
             f"127.0.0.1:{port}",
