@@ -41,7 +41,7 @@ servers: $(STAMP)  ## install what the tests start: slapd, mosquitto, Apache Kaf
 	$(BIN)/python -m tests.servers install
 
 test: setup servers  ## every test, on the compiled build
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m tests.run $(ARGS)
 
 integration: setup servers  ## tests of one backend against its real server: make integration NAME=kafka
 	$(BIN)/python -m pytest tests/integration $(if $(NAME),-k $(NAME)) $(ARGS)
