@@ -159,8 +159,9 @@ class Intake:
             self._hurry(pending)
 
     def settled(self, pending: Pending) -> None:
-        """Nobody needs this unwritten message any more."""
-        if pending.retained:
+        """Nobody needs this unwritten message any more; its record may still have to say that it was taken: sent again
+        after a crash, it would count as new, and as later than what came behind it."""
+        if pending.retained or pending.publisher is not None:
             return
         pending.state = GONE
         pending.message = None

@@ -142,6 +142,50 @@ def _broken() -> Any:
     return Message(b"bad", b"m", 1, True, b"", 0.0, None)
 
 
+# what a publisher sends again ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_retained_message_sent_again_after_a_crash_does_not_take_the_place_of_a_later_one(
+    bench: StoredBench, count: int
+) -> None:
+    """All were on disk, no PUBREC was heard: replaced before it was written, a message is still one that was taken."""
+    p = bench.client("p", clean=False, session_expiry_interval=1000)
+    bench.commit()
+    p.take()
+    for i in range(count):
+        p.publish("t", b"%d" % i, 2, ident=i + 1, retain=True)
+    bench.commit()
+    assert len(p.take()) == count, "one PUBREC each"
+    again = bench.restart()
+    p = resume(again, "p")
+    p.take()
+    for i in range(count):
+        p.publish("t", b"%d" % i, 2, ident=i + 1, retain=True, dup=True)
+    again.commit()
+    assert len(p.take()) == count
+    assert [m.payload for m in again.engine.retained_store.matching(b"t", again.now)] == [b"%d" % (count - 1)]
+
+
+def test_a_message_that_everybody_had_before_it_was_written_is_not_taken_twice(bench: StoredBench) -> None:
+    """At QoS 2, though no PUBREC was heard."""
+    s = subscribed(bench, "s", "t", qos=1)
+    p = bench.client("p", clean=False, session_expiry_interval=1000)
+    bench.commit()
+    p.take()
+    p.publish("t", b"m", 2, ident=7)
+    assert got(s) == [(b"m", 1, False)]
+    s.send(ack(PUBACK, 1))
+    bench.commit()
+    assert len(p.take()) == 1, "PUBREC"
+    again = bench.restart()
+    s, p = resume(again, "s"), resume(again, "p")
+    s.take()
+    p.publish("t", b"m", 2, ident=7, dup=True)
+    again.commit()
+    assert got(s) == []
+
+
 # failures -----------------------------------------------------------------------------------------------------
 
 
