@@ -1,9 +1,9 @@
-"""`make test`: every test, and a second look at the few that failed.
+"""`make test`: every test, and a second look at the few that failed by the clock.
 
-`python -m tests.run [options of pytest]`. Tests of real servers and real clocks share their machine with whoever else
-is on it. Where at most `FEW` of all failed, those are run once more, with nothing before and nothing beside them. The
-end names what failed first and passed then: it is to be looked into, and does not make the whole fail. What fails twice
-does, and so do many failures, a crash, an interruption.
+`python -m tests.run [options of pytest]`. Tests that hold an answer against the clock share their machine with others.
+Where at most `FEW` tests failed and all of them are such, they are run once more, with nothing before and
+nothing beside them. The end names what failed first and passed then: it is to be looked into, and does not make the
+whole fail. A test about what is lost, repeated or out of order has no second chance, nor has a run that ended early.
 """
 
 from __future__ import annotations
@@ -17,6 +17,20 @@ from pathlib import Path
 import pytest
 
 FEW = 5
+CLOCKS = tuple(
+    f"tests/system/test_{name}.py"
+    for name in (
+        "backend_outage",
+        "crowds",
+        "listeners",
+        "reconnect",
+        "resilience_canary",
+        "resilience_limits",
+        "revocation",
+    )
+)
+"""Files whose tests mostly ask how soon."""
+_ENDS_EARLY = ("-x", "--exitfirst", "--maxfail", "--sw", "--stepwise")
 _FAILED = Path(".pytest_cache/v/cache/lastfailed")
 
 
@@ -26,7 +40,9 @@ def main(options: Sequence[str]) -> int:
     if code != pytest.ExitCode.TESTS_FAILED or not _FAILED.exists():
         return code
     failed = sorted(json.loads(_FAILED.read_text()))
-    if len(failed) > FEW:
+    if len(failed) > FEW or not all(name.startswith(CLOCKS) for name in failed):
+        return code
+    if any(option.startswith(_ENDS_EARLY) for option in options):
         return code
     print(f"\n{len(failed)} failed; once more, alone:", *failed, sep="\n  ", flush=True)
     code = _pytest("--last-failed")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run import FEW
+from tests.run import CLOCKS, FEW
 
 CHANCE = """
 from pathlib import Path
@@ -24,9 +24,10 @@ def test_{n}():
 def run(tmp_path: Path, root: Path):
     """Runs these tests as `make test` does; answers the exit code, what was printed, and how often each ran."""
 
-    def run(*how: str, options: tuple[str, ...] = ()) -> tuple[int, str, list[int]]:
+    def run(*how: str, options: tuple[str, ...] = (), files: tuple[str, ...] = CLOCKS) -> tuple[int, str, list[int]]:
         for n, condition in enumerate(how):
-            (tmp_path / f"test_{n}.py").write_text(CHANCE.format(n=n, how=condition))
+            (tmp_path / files[n]).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / files[n]).write_text(CHANCE.format(n=n, how=condition))
         (tmp_path / "pytest.ini").write_text("[pytest]\n")
         ended = subprocess.run(
             [sys.executable, "-m", "tests.run", *options], cwd=tmp_path, capture_output=True, text=True, timeout=50,
@@ -46,14 +47,14 @@ def test_what_passes_is_run_once(run) -> None:
 def test_what_fails_first_and_passes_alone_is_named_and_forgiven(run) -> None:
     code, said, ran = run("> 0", "> 1")
     assert (code, ran) == (0, [1, 2])
-    assert "failed, then passed alone: test_1.py::test_1" in said
+    assert f"failed, then passed alone: {CLOCKS[1]}::test_1" in said
 
 
 def test_what_fails_twice_fails(run) -> None:
     code, said, ran = run("> 1", "> 2")
     assert (code, ran) == (1, [2, 2])
-    assert "failed, then passed alone: test_0.py::test_0" in said
-    assert "failed twice: test_1.py::test_1" in said
+    assert f"failed, then passed alone: {CLOCKS[0]}::test_0" in said
+    assert f"failed twice: {CLOCKS[1]}::test_1" in said
 
 
 def test_many_failures_are_no_chance(run) -> None:
@@ -63,10 +64,22 @@ def test_many_failures_are_no_chance(run) -> None:
 
 
 def test_options_of_pytest_are_taken(run) -> None:
-    assert run("> 0", "> 9", options=("--deselect", "test_1.py"))[::2] == (0, [1, 0])
+    assert run("> 0", "> 9", options=("--deselect", CLOCKS[1]))[::2] == (0, [1, 0])
 
 
 def test_a_wrong_option_is_no_failed_test(run) -> None:
     code, said, ran = run("> 0", options=("--no-such-option",))
     assert (code, ran) == (pytest.ExitCode.USAGE_ERROR, [0])
     assert "once more" not in said
+
+
+def test_another_kind_of_test_has_no_second_chance(run) -> None:
+    code, said, ran = run("> 1", "> 1", files=(CLOCKS[0], "tests/system/test_chaos.py"))
+    assert (code, ran) == (1, [1, 1])
+    assert "once more" not in said
+
+
+def test_a_run_that_ended_early_is_not_forgiven(run) -> None:
+    code, _, ran = run("> 1", "> 0", options=("-x",))
+    assert code == 1
+    assert sum(ran) <= 2
