@@ -78,7 +78,7 @@ class Flood:
             rounds, last = rounds + 1, out.decode()
         await singing
         await canary.disconnect()
-        return canary.slowest, summary(row, rounds, last)
+        return canary.longest, summary(row, rounds, last)
 
 
 def summary(row: str, rounds: int, said: str) -> str:
